@@ -176,6 +176,8 @@ def preset_coefficients(mode: str, degrees: tuple[int, int]) -> tuple[list[float
     preset = presets()[mode]
     a, b = preset["numerator"], preset["denominator"]
     if degrees[0] < _degree(a) or degrees[1] < _degree([1.0, *b]):
+        if mode.startswith("published_"):
+            raise ValueError(f"preset '{mode}' needs degrees of at least {len(a) - 1} {len(b)}, not {degrees[0]} {degrees[1]}")
         from kan_basis.fit import fit_rational  # scipy is needed only here
         a, b, _ = fit_rational(preset["target"], degrees, tuple(preset["interval"]))
     a, b = list(a)[:degrees[0] + 1], list(b)[:degrees[1]]
