@@ -1,0 +1,247 @@
+"""The command line of main.py: groups, defaults, and what does not go together."""
+import argparse
+import difflib
+import sys
+
+import timm
+from timm.optim import list_optimizers
+from timm.utils import ParseKwargs
+
+import models  # noqa: F401  enters our names into timm's registry
+from datasets import DATASETS
+from models.kat import INITS
+from utils import UserError
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
+# what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
+NOT_RESUMED = {"resume", "eval", "output_dir", "device", "num_workers", "pin_mem", "compile", "print_freq", "run_name", "run_id"}
+
+
+class Arguments(argparse.Namespace):
+    """The parsed arguments: read-only once `freeze` was called."""
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("_frozen"):
+            raise AttributeError(f"arguments are read-only (attempt to set {name})")
+        super().__setattr__(name, value)
+
+    def freeze(self) -> "Arguments":
+        self.__dict__["_frozen"] = True
+        return self
+
+    def plain(self) -> dict:
+        """Plain types only, for checkpoints and logs."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "_frozen"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes --data-set and --data_set alike; a wrong flag is answered with the nearest right ones."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [_dashed(a) for a in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            if word.startswith("--") and word not in known:
+                near = difflib.get_close_matches(word.split("=")[0], known, n=3)
+                message += f" (did you mean {', '.join(near)}?)" if near else ""
+                break
+        super().error(message)
+
+
+def _dashed(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
+def get_args_parser() -> Parser:
+    p = Parser("main.py", description="Train or evaluate vision transformers with Kolmogorov-Arnold functions.",
+               formatter_class=_Formatter, allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+
+    g = p.add_argument_group("data")
+    g.add_argument("--data-set", default="DIGITS", choices=sorted(DATASETS), help="data set; IMNET is any tree of class folders")
+    g.add_argument("--data-path", default="./data", help="folder of the data; downloads go there")
+    g.add_argument("--input-size", type=int, default=224, help="image side, pixels")
+    g.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="channel means of the normalisation")
+    g.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="channel deviations of the normalisation")
+    g.add_argument("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="evaluation crops this share of the image")
+    g.add_argument("--interpolation", default="bicubic", choices=["bicubic", "bilinear"], help="resizing for evaluation")
+    g.add_argument("--train-subset", type=int, help="train on so many images, stratified by class, chosen by --seed")
+    g.add_argument("--val-subset", type=int, help="evaluate on so many images, stratified by class, chosen by --seed")
+    g.add_argument("--check-images", default="auto", choices=["auto", "all", "off"],
+                   help="decode every image before training; auto: trees of at most 100,000 images")
+    g.add_argument("--num-workers", type=int, help="loader processes for each training process (default: its share of the cores, at most 10)")
+    g.add_argument("--pin-mem", action=switch, default=True, help="page-locked host memory for faster copies to a GPU")
+
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="kat_tiny_patch16_224", help="a kat_* or flash_kat_* name or any timm model")
+    g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="further options of the model")
+    g.add_argument("--pretrained", action="store_true", help="start from the model's published weights (hub)")
+    g.add_argument("--drop", type=float, default=0.0, help="dropout probability")
+    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth, probability at the last block")
+    g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
+
+    g = p.add_argument_group("KAN basis")
+    g.add_argument("--init", choices=INITS, help="initialisation of KAT models: as the published weights were trained, or as the "
+                   "paper describes (default: released)")
+    g.add_argument("--decay-rational", action=switch, default=False,
+                   help="weight decay on rational coefficients too, as in the published runs; off by default because decay pulls the "
+                   "functions towards zero instead of towards a simpler function")
+
+    g = p.add_argument_group("optimizer")
+    g.add_argument("--batch-size", type=int, default=64, help="images for each process and forward pass")
+    g.add_argument("--epochs", type=int, default=100, help="epochs")
+    g.add_argument("--opt", default="adamw", help="any optimizer of timm")
+    g.add_argument("--opt-eps", type=float, help="epsilon of the optimizer (default: the optimizer's)")
+    g.add_argument("--opt-betas", type=float, nargs="+", help="betas of the optimizer (default: the optimizer's)")
+    g.add_argument("--momentum", type=float, default=0.9, help="momentum, for SGD and its kin")
+    g.add_argument("--weight-decay", type=float, default=0.05, help="weight decay")
+    g.add_argument("--clip-grad", type=float, help="clip gradients to this norm (or value, see --clip-mode)")
+    g.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"], help="what --clip-grad bounds")
+    g.add_argument("--grad-accum-steps", type=int, default=1, help="forward passes for each optimizer step")
+    g.add_argument("--amp", nargs="?", const="bf16", choices=["bf16", "fp16", "off"],
+                   help="mixed precision (default: bf16 on a GPU, off on the CPU)")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model for training")
+
+    g = p.add_argument_group("schedule")
+    g.add_argument("--lr", type=float, default=5e-4, help="base learning rate, scaled by global batch / 512")
+    g.add_argument("--unscale-lr", action="store_true", help="--lr is the learning rate itself")
+    g.add_argument("--sched", default="cosine", choices=SCHEDULES, help="learning-rate schedule")
+    g.add_argument("--sched-on-updates", action="store_true", help="step the schedule at every optimizer step, not every epoch")
+    g.add_argument("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
+    g.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of the warm-up")
+    g.add_argument("--min-lr", type=float, default=1e-5, help="lowest learning rate")
+    g.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at the lowest rate, after --epochs")
+    g.add_argument("--decay-epochs", type=float, default=30, help="epochs between decays (step)")
+    g.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of the decays (multistep)")
+    g.add_argument("--decay-rate", type=float, default=0.1, help="factor of a decay (step, multistep, plateau)")
+    g.add_argument("--patience-epochs", type=int, default=10, help="epochs without progress before a decay (plateau)")
+    g.add_argument("--lr-noise", type=float, nargs="+", help="epochs (share of all) between which the rate is perturbed")
+    g.add_argument("--lr-noise-pct", type=float, default=0.67, help="limit of the perturbation, share of the rate")
+    g.add_argument("--lr-noise-std", type=float, default=1.0, help="deviation of the perturbation")
+
+    g = p.add_argument_group("augmentation and regularisation")
+    g.add_argument("--no-aug", action="store_true", help="resize and crop only")
+    g.add_argument("--color-jitter", type=float, default=0.3, help="strength of colour jitter, where no --aa policy is used")
+    g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm, or none")
+    g.add_argument("--three-augment", "--ThreeAugment", action="store_true", help="3-Augment of DeiT III instead of --aa")
+    g.add_argument("--src", action="store_true", help="simple random crop of DeiT III instead of random resized crop")
+    g.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of random resized crops, share of the image")
+    g.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of random resized crops")
+    g.add_argument("--hflip", type=float, help="probability of a horizontal flip (default: 0.5; DIGITS: 0)")
+    g.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip")
+    g.add_argument("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "random"], help="resizing for training")
+    g.add_argument("--repeated-aug", action=switch, default=True, help="each image three times an epoch, a third of the images")
+    g.add_argument("--train-mode", action=switch, default=True, help="--no-train-mode keeps dropout and drop path off while training")
+    g.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erased areas are filled with")
+    g.add_argument("--recount", type=int, default=1, help="erased areas an image")
+    g.add_argument("--mixup", type=float, default=0.8, help="mixup alpha, 0 turns it off")
+    g.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 turns it off")
+    g.add_argument("--cutmix-minmax", type=float, nargs=2, help="smallest and largest share of the image, instead of --cutmix")
+    g.add_argument("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix for a batch")
+    g.add_argument("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
+    g.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one mixing ratio")
+    g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    g.add_argument("--bce-loss", action="store_true", help="binary cross-entropy, as in DeiT III")
+
+    g = p.add_argument_group("weight averaging")
+    g.add_argument("--model-ema", action=switch, default=True, help="keep an exponential moving average of the weights")
+    g.add_argument("--model-ema-decay", type=float, help="fixed decay a step (default: 0.99996, approached by a warm-up)")
+    g.add_argument("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
+
+    g = p.add_argument_group("distillation")
+    g.add_argument("--distillation-type", default="none", choices=["none", "soft", "hard"], help="what the student learns from the teacher")
+    g.add_argument("--teacher-model", default="regnety_160", help="any timm model")
+    g.add_argument("--teacher-path", default="", help="checkpoint of the teacher")
+    g.add_argument("--distillation-alpha", type=float, default=0.5, help="weight of the teacher in the loss")
+    g.add_argument("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+
+    g = p.add_argument_group("checkpoint and evaluation")
+    g.add_argument("--output-dir", default="", help="folder for checkpoints, log.txt and curves.png; empty: nothing is saved")
+    g.add_argument("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint (auto: the last one in --output-dir, if any); "
+                   "settings that are not given are taken from it")
+    g.add_argument("--save-every", type=int, default=0, metavar="N", help="also keep the checkpoint of every Nth epoch")
+    g.add_argument("--eval", action="store_true", help="evaluate only")
+    g.add_argument("--eval-every", type=int, default=1, metavar="N", help="evaluate every Nth epoch, and the last")
+
+    g = p.add_argument_group("logging")
+    g.add_argument("--print-freq", type=int, default=50, help="steps between log lines; each synchronises the device once")
+    g.add_argument("--run-name", default="", help="log to Weights & Biases under this name")
+    g.add_argument("--run-id", default="", help="Weights & Biases run to continue")
+    g.add_argument("--wandb-project", default="kan-vit", help="Weights & Biases project")
+
+    g = p.add_argument_group("device and reproducibility")
+    g.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; the CPU where there is no GPU")
+    g.add_argument("--seed", type=int, default=0, help="seed of every random generator")
+    g.add_argument("--deterministic", action="store_true", help="only kernels that repeat to the bit on a GPU")
+    return p
+
+
+def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
+    """Parse and check the command line. `load(args)` reads the checkpoint that --resume names, whose settings become the defaults.
+
+    Returns: the frozen arguments and the checkpoint, if any.
+    Raises: UserError, one sentence, for flags that contradict each other.
+    """
+    parser = get_args_parser()
+    checkpoint = load(parser.parse_args(argv, Arguments()))
+    if checkpoint is not None:
+        known = {action.dest for action in parser._actions} - NOT_RESUMED
+        parser.set_defaults(**{k: v for k, v in checkpoint.get("args", {}).items() if k in known})
+    args = parser.parse_args(argv, Arguments())
+    _check(args)
+    return args.freeze(), checkpoint
+
+
+def _check(a: Arguments) -> None:
+    faults = [
+        (a.eval and not a.resume and not a.pretrained, "--eval needs --resume CHECKPOINT or --pretrained"),
+        (a.resume == "auto" and not a.output_dir, "--resume auto needs --output-dir"),
+        (a.resume and a.pretrained and not a.eval, "--resume and --pretrained do not go together: choose the weights to start from"),
+        (a.save_every and not a.output_dir, "--save-every needs --output-dir"),
+        (a.run_id and not a.run_name, "--run-id needs --run-name"),
+        (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
+        (a.model_ema_decay is not None and not a.model_ema, "--model-ema-decay and --no-model-ema do not go together"),
+        (a.three_augment and a.no_aug, "--three-augment and --no-aug do not go together"),
+        (a.amp == "fp16" and a.device == "cpu", "--amp fp16 needs a GPU; use --amp bf16 on the CPU"),
+        (a.sched == "plateau" and a.sched_on_updates, "--sched plateau steps on epochs: drop --sched-on-updates"),
+        (a.sched == "plateau" and a.eval_every != 1, "--sched plateau needs an evaluation every epoch: drop --eval-every"),
+        (a.init and "kat_" not in a.model, f"--init is for KAT models, not {a.model}"),
+        (_mixing(a) and a.batch_size % 2, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
+        (not 0 <= a.smoothing < 1, f"--smoothing must be in [0, 1), not {a.smoothing}"),
+    ]
+    faults += [(getattr(a, name) < least, f"--{name.replace('_', '-')} must be at least {least}, not {getattr(a, name)}")
+               for name, least in (("batch_size", 1), ("grad_accum_steps", 1), ("epochs", 0), ("input_size", 1), ("print_freq", 1),
+                                   ("eval_every", 1), ("save_every", 0), ("seed", 0))]
+    if a.opt not in list_optimizers():
+        faults.append((True, _unknown("optimizer", a.opt, list_optimizers())))
+    for flag, name in (("model", a.model), ("teacher model", a.teacher_model)):
+        if not timm.is_model(name) and not name.startswith("hf-hub:") and not name.startswith("hf_hub:"):
+            faults.append((True, _unknown(flag, name, timm.list_models())))
+    for wrong, sentence in faults:
+        if wrong:
+            raise UserError(sentence)
+
+
+def _mixing(a: Arguments) -> bool:
+    return a.mixup > 0 or a.cutmix > 0 or a.cutmix_minmax is not None
+
+
+def _unknown(kind: str, name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=8, cutoff=0.5)
+    ours = [n for n in names if "kat_" in n] if "model" in kind else names
+    return f"unknown {kind} '{name}'; " + (f"near it: {', '.join(near)}" if near else f"there are: {', '.join(ours)}")

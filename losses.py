@@ -1,0 +1,42 @@
+"""Knowledge distillation from a teacher, as DeiT does it."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DistillationLoss(nn.Module):
+    """(1 - alpha) * base(student, target) + alpha * distance(student, teacher).
+
+    soft: tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), mean over images; hard: cross-entropy with the teacher's class.
+    A student with a distillation token returns (class logits, distillation logits) while training, and the distance is taken on the
+    second; any other student gets both terms on its one output.
+
+    Args:
+        base: loss of (class logits, target).
+        teacher: frozen here and kept in evaluation mode.
+        kind: "soft" or "hard".
+        alpha: weight of the teacher, 0..1.
+        tau: temperature of the soft loss.
+    Source: Touvron et al. 2021 (arXiv:2012.12877), eq. 2 and 3.
+    """
+
+    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
+        super().__init__()
+        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        logits, student = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        if self.kind == "hard":
+            distance = F.cross_entropy(student, teacher.argmax(1))
+        else:
+            distance = self.tau ** 2 * F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
+                                                reduction="batchmean", log_target=True)
+        return (1 - self.alpha) * self.base(logits, targets) + self.alpha * distance

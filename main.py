@@ -1,0 +1,294 @@
+"""Train, resume or evaluate: arguments -> data, model, optimizer -> epochs.
+
+    python main.py --model kat_tiny_patch16_224 --data-set IMNET --data-path DIR --output-dir OUT
+    torchrun --nproc_per_node=8 main.py ...
+    python main.py --eval --resume OUT/best_checkpoint.pth
+"""
+import copy
+import os
+import sys
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import checkpoints
+import utils
+from arguments import Arguments, parse
+from datasets import DataError, build_datasets
+from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
+from losses import DistillationLoss
+from samplers import ExactEvalBatchSampler, train_sampler
+from utils import UserError, World
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args, checkpoint = parse(argv, _load_resumed)
+        world = utils.init_world(args.device)
+        run(args, checkpoint, world)
+        return 0
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except NonFiniteLoss as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"stopped (process {rank}): {error}; the checkpoint of the last good epoch is untouched", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume auto goes on from the last finished epoch", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _load_resumed(args: Arguments) -> dict | None:
+    path = checkpoints.find(args.resume, args.output_dir)
+    return checkpoints.load(path) if path else None
+
+
+def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
+    utils.seed_everything(args.seed + world.rank)
+    if args.deterministic:
+        utils.set_deterministic()
+    else:
+        torch.backends.cudnn.benchmark = True
+    amp = args.amp or ("bf16" if world.device.type == "cuda" else "off")
+    train_set, val_set, classes = build_datasets(args, world.rank, world.world_size)
+    model = build_model(args, len(classes), weights_follow=checkpoint is not None).to(world.device)
+    world.log(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.input_size} pixels, amp {amp}")
+    world.log(f"{args.data_set}: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes")
+    if checkpoint is not None:
+        checkpoints.load_weights(model, checkpoint["model"], args.resume)
+        if checkpoint.get("classes", classes) != classes:
+            world.log(f"note: the checkpoint was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
+    val_loader = DataLoader(val_set, batch_sampler=ExactEvalBatchSampler(len(val_set), int(1.5 * args.batch_size), world.world_size,
+                                                                         world.rank), **loader_options(args, world))
+    if args.eval:
+        evaluate_checkpoint(model, checkpoint, val_loader, amp, world)
+    else:
+        train(model, checkpoint, train_set, val_loader, classes, amp, args, world)
+
+
+def build_model(args: Arguments, num_classes: int, weights_follow: bool = False) -> nn.Module:
+    options = dict(num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path, **args.model_kwargs)
+    if "vit" in args.model or "deit" in args.model or "kat_" in args.model:
+        options.setdefault("img_size", args.input_size)
+    if args.init or (weights_follow and "kat_" in args.model):
+        options["weight_init"] = "skip" if weights_follow else args.init
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # wrong options, or no network for the weights
+        raise UserError(f"cannot build {args.model}: {str(error).strip().splitlines()[0]}") from error
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def loader_options(args: Arguments, world: World) -> dict:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    workers = min(10, len(os.sched_getaffinity(0)) // processes) if args.num_workers is None else args.num_workers
+    return dict(num_workers=workers, pin_memory=args.pin_mem and world.device.type == "cuda")
+
+
+def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DataLoader, amp: str, world: World) -> None:
+    results = {"raw": evaluate(model, loader, amp, world)}
+    chosen = "raw"
+    if checkpoint is not None and checkpoint.get("model_ema") is not None:
+        checkpoints.load_weights(model, checkpoint["model_ema"], "the EMA of the checkpoint")
+        results["EMA"] = evaluate(model, loader, amp, world)
+        chosen = checkpoint["best"]["weights"] or "raw"
+    for weights, result in results.items():
+        world.log(f"{weights} weights: " + format_result(result))
+    world.log(f"top-1 {results[chosen]['acc1']:.2f} % ({chosen} weights)")
+
+
+def format_result(result: dict) -> str:
+    return f"Acc@1 {result['acc1']:.3f}  Acc@5 {result['acc5']:.3f}  loss {result['loss']:.5f}  ({result['images']} images)"
+
+
+def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: DataLoader, classes: list[str], amp: str, args: Arguments,
+          world: World) -> None:
+    sampler = train_sampler(train_set, world.world_size, world.rank, args.seed, repeats=3 if args.repeated_aug else 1)
+    batch_size = fitting_batch_size(len(sampler), args, world)
+    loader = DataLoader(train_set, batch_size, sampler=sampler, drop_last=True, **loader_options(args, world))
+    training, epochs = build_training(model, len(loader), batch_size, len(classes), amp, args, world)
+    start_epoch = restore(training, checkpoint, args, world) if checkpoint is not None else 0
+    folder = Path(args.output_dir) if args.output_dir else None
+    if folder and world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    records = utils.Records(args.output_dir, start_epoch, args.plain(), args.run_name, args.run_id, args.wandb_project) \
+        if world.is_main else None
+    if start_epoch >= epochs:
+        world.log(f"nothing to train: {start_epoch} of {epochs} epochs are done")
+
+    for epoch in range(start_epoch, epochs):
+        sampler.set_epoch(epoch)
+        entry, speed = train_one_epoch(training, loader, epoch, epochs, args, world)
+        entry = {"epoch": epoch, **entry}
+        is_best = False
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
+            is_best = evaluate_epoch(training, val_loader, epoch, entry, world)
+        if training.scheduler is not None:  # the rate of the next epoch
+            training.scheduler.step(epoch + 1, entry.get("test_acc1"))
+        rng = world.gather(utils.rng_state(world.device))
+        if world.is_main:
+            records.add(entry, speed)
+            if folder:
+                keep_as = f"checkpoint-{epoch + 1:04d}.pth" if args.save_every and (epoch + 1) % args.save_every == 0 else None
+                checkpoints.save(folder, state_of(training, epoch, rng, classes, args), is_best, keep_as)
+                records.plot()
+    if world.is_main:
+        records.close()
+    best = training.best
+    world.log(f"best top-1 {best['accuracy']:.2f} % ({best['weights'] or 'no'} weights, epoch {best['epoch'] + 1})")
+    if folder:
+        world.log(f"checkpoint: {folder / checkpoints.BEST}\nlog: {folder / 'log.txt'}\ncurves: {folder / 'curves.png'}")
+
+
+def fitting_batch_size(images: int, args: Arguments, world: World) -> int:
+    """--batch-size, or less where a process has fewer images than that; even where batches are mixed in pairs."""
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    batch_size = min(args.batch_size, images)
+    if mixing and batch_size < args.batch_size:
+        batch_size -= batch_size % 2
+    if batch_size == 0:
+        raise UserError(f"{images} training image(s) for each of {world.world_size} process(es) are too few"
+                        + (" for mixup and cutmix, which need pairs: pass --mixup 0 --cutmix 0" if mixing and images else ""))
+    if batch_size < args.batch_size:
+        world.log(f"only {images} training images for each process: batch size {batch_size} instead of {args.batch_size}")
+    return batch_size
+
+
+def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: int, amp: str, args: Arguments,
+                   world: World) -> tuple[Training, int]:
+    """Everything that training moves, and the number of epochs (cool-down included)."""
+    global_batch = batch_size * world.world_size * args.grad_accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
+    scaled = "not scaled" if args.unscale_lr else f"base {args.lr:g} x {global_batch} / 512"
+    world.log(f"learning rate {lr:g} ({scaled}; global batch {global_batch} = {batch_size} images x {world.world_size} processes x "
+              f"{args.grad_accum_steps} accumulated)")
+    fused = {"fused": True} if args.opt == "adamw" and world.device.type == "cuda" else {}
+    try:
+        optimizer = create_optimizer_v2(parameter_groups(model, args), opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum,
+                                        **fused, **{k: v for k, v in (("eps", args.opt_eps), ("betas", args.opt_betas)) if v is not None})
+    except TypeError as error:
+        raise UserError(f"--opt {args.opt}: {error}") from error
+    updates_per_epoch = -(-steps // args.grad_accum_steps)
+    scheduler, epochs = None, args.epochs
+    if args.sched != "none":
+        noise = args.lr_noise and [share * args.epochs for share in args.lr_noise]
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_milestones=args.decay_milestones,
+            cooldown_epochs=args.cooldown_epochs, patience_epochs=args.patience_epochs, decay_rate=args.decay_rate, min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=noise, noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std, noise_seed=args.seed, step_on_epochs=not args.sched_on_updates,
+            updates_per_epoch=updates_per_epoch)
+        scheduler.step(0)
+    mixup = None
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                      label_smoothing=args.smoothing, num_classes=num_classes)
+    ema = None
+    if args.model_ema:
+        fixed = args.model_ema_decay is not None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay if fixed else 0.99996, use_warmup=not fixed,
+                         device="cpu" if args.model_ema_force_cpu else None)
+    forward = torch.compile(model) if args.compile else model
+    if world.world_size > 1:
+        forward = DistributedDataParallel(forward, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+    return Training(model, forward, build_criterion(model, mixup is not None, num_classes, args, world).to(world.device), optimizer,
+                    scheduler, torch.amp.GradScaler(world.device.type, enabled=amp == "fp16"), num_classes, amp, ema, mixup), epochs
+
+
+def parameter_groups(model: nn.Module, args: Arguments) -> list[dict]:
+    """Weight decay on matrices; none on biases, norms, embeddings, nor (unless --decay-rational) on rational coefficients."""
+    no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if not args.decay_rational:
+        no_decay |= {n for n, _ in model.named_parameters() if n.endswith(("weight_numerator", "weight_denominator"))}
+    return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=no_decay)
+
+
+def build_criterion(model: nn.Module, mixing: bool, num_classes: int, args: Arguments, world: World) -> nn.Module:
+    if args.bce_loss:
+        criterion = nn.BCEWithLogitsLoss()
+    elif mixing:  # smoothing is part of the mixed targets
+        criterion = SoftTargetCrossEntropy()
+    else:
+        criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    if args.distillation_type == "none":
+        return criterion
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+    teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
+    checkpoints.load_weights(teacher, checkpoints.load(args.teacher_path)["model"], args.teacher_path)
+    return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+
+
+def evaluate_epoch(training: Training, loader: DataLoader, epoch: int, entry: dict, world: World) -> bool:
+    """Evaluate raw and EMA weights into `entry`; True if one of them is the best so far (the EMA where both are equal)."""
+    candidates = [("test", "raw", training.model)]
+    if training.ema is not None:
+        candidates.append(("test_ema", "EMA", training.ema.module))
+    before = training.best
+    for prefix, weights, model in candidates:
+        if next(model.parameters()).device != world.device:
+            model = copy.deepcopy(model).to(world.device)
+        result = evaluate(model, loader, training.amp, world)
+        world.log(f"epoch {epoch + 1}  {weights} weights: " + format_result(result))
+        entry |= {f"{prefix}_{k}": result[k] for k in ("loss", "acc1", "acc5")}
+        if result["acc1"] >= training.best["accuracy"] and (weights == "EMA" or result["acc1"] > training.best["accuracy"]):
+            training.best = {"accuracy": result["acc1"], "weights": weights, "epoch": epoch}
+    best = training.best
+    entry |= {"max_accuracy": best["accuracy"], "max_accuracy_weights": best["weights"], "max_accuracy_epoch": best["epoch"]}
+    return training.best is not before
+
+
+def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: Arguments) -> dict:
+    plateau = getattr(training.scheduler, "lr_scheduler", None)
+    return {"model": training.model.state_dict(), "model_ema": training.ema.module.state_dict() if training.ema else None,
+            "optimizer": training.optimizer.state_dict(), "schedule": plateau.state_dict() if plateau else {},
+            "scaler": training.scaler.state_dict(), "epoch": epoch, "updates": training.updates, "best": training.best, "rng": rng,
+            "args": args.plain(), "versions": utils.versions(), "classes": classes}
+
+
+def restore(training: Training, checkpoint: dict, args: Arguments, world: World) -> int:
+    """Put a training back where the checkpoint left it (the model's weights are loaded already); the epoch to go on with."""
+    missing = [k for k in ("optimizer", "epoch", "rng", "updates", "best") if k not in checkpoint]
+    if missing:
+        raise checkpoints.CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing)")
+    try:
+        training.optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError as error:
+        raise checkpoints.CheckpointError(f"the optimizer in {args.resume} is not --opt {args.opt} on this model: {error}") from error
+    if checkpoint["scaler"]:
+        training.scaler.load_state_dict(checkpoint["scaler"])
+    training.updates, training.best, start = checkpoint["updates"], checkpoint["best"], checkpoint["epoch"] + 1
+    if training.ema is not None:
+        checkpoints.load_weights(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
+    if checkpoint["schedule"]:
+        training.scheduler.lr_scheduler.load_state_dict(checkpoint["schedule"])
+    elif training.scheduler is not None:
+        training.scheduler.step(start)
+        training.scheduler.step_update(training.updates)
+    if len(checkpoint["rng"]) == world.world_size:
+        utils.set_rng_state(checkpoint["rng"][world.rank], world.device)
+    else:
+        utils.seed_everything(args.seed + world.rank + 1000 * start)
+        world.log(f"note: the checkpoint is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}: random states start anew")
+    world.log(f"resumed after epoch {start} from {args.resume}")
+    return start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
