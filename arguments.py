@@ -14,7 +14,7 @@ from utils import UserError
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
 # what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
-NOT_RESUMED = {"resume", "eval", "output_dir", "device", "num_workers", "pin_mem", "compile", "print_freq", "run_name", "run_id"}
+NOT_RESUMED = {"resume", "eval", "output_dir", "device", "num_workers", "pin_mem", "compile", "print_freq", "run_name", "run_id", "save_every"}
 
 
 class Arguments(argparse.Namespace):
@@ -212,7 +212,7 @@ def _check(a: Arguments) -> None:
         (a.eval and not a.resume and not a.pretrained, "--eval needs --resume CHECKPOINT or --pretrained"),
         (a.resume == "auto" and not a.output_dir, "--resume auto needs --output-dir"),
         (a.resume and a.pretrained and not a.eval, "--resume and --pretrained do not go together: choose the weights to start from"),
-        (a.save_every and not a.output_dir, "--save-every needs --output-dir"),
+        (a.save_every and not a.output_dir and not a.eval, "--save-every needs --output-dir"),
         (a.run_id and not a.run_name, "--run-id needs --run-name"),
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
         (a.model_ema_decay is not None and not a.model_ema, "--model-ema-decay and --no-model-ema do not go together"),

@@ -57,11 +57,10 @@ def load(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "holds objects other than tensors and plain types" if "Unsupported" in str(error) or "not an allowed" in str(error) \
-            else "is not a checkpoint or is damaged"
+        reason = "holds objects other than tensors and plain types" if "GLOBAL" in str(error) else "is not a checkpoint or is damaged"
         raise CheckpointError(f"{path} {reason}; it was not loaded") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a checkpoint or is damaged ({str(error).splitlines()[0][:120]})") from error
+        raise CheckpointError(f"{path} is not a checkpoint or is damaged ({type(error).__name__})") from error
     if not isinstance(state, dict) or "model" not in state:
         raise CheckpointError(f"{path} has no entry 'model'")
     return state

@@ -186,7 +186,7 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
         raise UserError(f"--opt {args.opt}: {error}") from error
     updates_per_epoch = -(-steps // args.grad_accum_steps)
     scheduler, epochs = None, args.epochs
-    if args.sched != "none":
+    if args.sched != "none" and args.epochs:
         noise = args.lr_noise and [share * args.epochs for share in args.lr_noise]
         scheduler, epochs = create_scheduler_v2(
             optimizer, args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_milestones=args.decay_milestones,

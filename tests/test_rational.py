@@ -202,3 +202,14 @@ def test_compiled_agrees_exports_and_both_are_fast():
     assert oracle_time / timed(lambda: results(compiled, x, a, b, grad), 8) >= 12
     exported = torch.export.export(layer, (x.detach()[:2],)).module()
     assert torch.equal(exported(x.detach()[:2]), layer(x.detach()[:2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+def test_on_cuda(dtype, tolerance):
+    x, a, b = inputs((3, 130, 96), dtype=torch.float32 if dtype is not torch.float64 else dtype, x_dtype=dtype)
+    grad = torch.randn(3, 96, 130).to(dtype).transpose(1, 2)
+    want = results(rational_oracle, *(t.detach().double().requires_grad_() for t in (x, a, b)), grad.double())
+    got = results(rational, *(t.detach().cuda().requires_grad_() for t in (x, a, b)), grad.cuda())
+    assert_same([g.cpu() for g in got], want, tolerance)
+    assert got[0].dtype is dtype

@@ -1,0 +1,240 @@
+"""main.py as a user calls it: in this process where one suffices, through torchrun where several take part."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from arguments import get_args_parser, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = ["--model", "kat_micro_patch8_32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2", "--input-size", "32", "--device", "cpu",
+         "--data-set", "DIGITS", "--num-workers", "0", "--batch-size", "32", "--warmup-epochs", "1", "--lr", "1e-2", "--clip-grad", "1"]
+SMALL = [*MICRO, "--train-subset", "160", "--val-subset", "51"]
+
+
+def call(*arguments):
+    return main.main([str(a) for a in arguments])
+
+
+def torchrun(processes, *arguments, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / "main.py")]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, two: Path):
+    assert (one / "log.txt").read_bytes() == (two / "log.txt").read_bytes()
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, two))
+        assert a["epoch"] == b["epoch"] and a["best"] == b["best"] and a["updates"] == b["updates"]
+        for part in ("model", "model_ema"):
+            assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+        assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+        assert all(torch.equal(v, b["optimizer"]["state"][i][k]) for i, s in a["optimizer"]["state"].items() for k, v in s.items())
+
+
+@pytest.mark.parametrize("options", [[], ["--sched-on-updates", "--no-repeated-aug", "--num-workers", "1", "--grad-accum-steps", "2"]],
+                         ids=["epochs", "updates"])
+def test_stopped_and_resumed_is_the_straight_run(tmp_path, monkeypatch, options):
+    flags = [*SMALL, "--epochs", "3", "--drop", "0.1", *options]
+    assert call(*flags, "--output-dir", tmp_path / "straight") == 0
+    original, epochs = main.train_one_epoch, []
+
+    def stop_in_second_epoch(training, loader, epoch, *rest):
+        result = original(training, loader, epoch, *rest)
+        epochs.append(epoch)
+        if epochs == [0, 1]:
+            raise KeyboardInterrupt  # after its updates, before its evaluation and its checkpoint
+        return result
+
+    monkeypatch.setattr(main, "train_one_epoch", stop_in_second_epoch)
+    assert call(*flags, "--output-dir", tmp_path / "stopped") == 130
+    assert len(log(tmp_path / "stopped")) == 1
+    (tmp_path / "stopped" / "log.txt").open("a").write('{"epoch": 1, "tra')  # cut short, as by a crash
+    assert call("--resume", "auto", "--output-dir", tmp_path / "stopped", "--num-workers", "1" if options else "0", "--device", "cpu") == 0
+    assert epochs == [0, 1, 1, 2]
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_two_processes_killed_and_resumed(tmp_path):
+    flags = [*SMALL, "--epochs", "3", "--no-repeated-aug"]
+    assert torchrun(2, *flags, "--output-dir", tmp_path / "straight").returncode == 0
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py"),
+                                *flags, "--epochs", "3", "--output-dir", str(stopped)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    while not (stopped / "checkpoint.pth").exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = torch.load(stopped / "checkpoint.pth", weights_only=True)["epoch"]
+    assert done < 2, "the run was over before it could be stopped"
+    result = torchrun(2, *flags, "--output-dir", stopped, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "straight", stopped)
+
+
+def test_evaluation_is_the_same_for_1_2_and_3_processes(tmp_path, capfd):
+    assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
+    capfd.readouterr()
+    evaluate = ["--eval", "--resume", tmp_path / "checkpoint.pth", "--val-subset", "101", "--batch-size", "8", "--num-workers", "0", "--device", "cpu"]
+    assert call(*evaluate) == 0
+    pattern = r"(?:raw|EMA) weights: Acc@1 .* \(101 images\)"
+    alone = re.findall(pattern, capfd.readouterr().out)
+    assert len(alone) == 2
+    for processes in (2, 3):
+        result = torchrun(processes, *evaluate)
+        assert re.findall(pattern, result.stdout) == alone, result.stdout + result.stderr
+
+
+def test_eval_of_the_best_checkpoint_prints_the_training_s_figure(tmp_path, capfd):
+    assert call(*SMALL, "--epochs", "2", "--output-dir", tmp_path, "--save-every", "1") == 0
+    output = capfd.readouterr().out
+    best = re.search(r"best top-1 ([\d.]+) % \((\w+) weights", output).groups()
+    assert call("--eval", "--resume", tmp_path / "best_checkpoint.pth", "--device", "cpu") == 0
+    assert f"top-1 {best[0]} % ({best[1]} weights)" in capfd.readouterr().out
+    entries = log(tmp_path)
+    assert [e["epoch"] for e in entries] == [0, 1]
+    assert entries[-1]["max_accuracy"] == max(max(e["test_acc1"], e["test_ema_acc1"]) for e in entries)
+    assert {"checkpoint-0001.pth", "checkpoint-0002.pth", "curves.png", "args.json", "speed.txt"} <= set(os.listdir(tmp_path))
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "args.json").read_text())["versions"]["torch"] == torch.__version__
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+def test_nothing_is_saved_without_output_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*SMALL, "--epochs", "1") == 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mixup", "0", "--cutmix", "0", "--bce-loss"], ["--cutmix-minmax", "0.2", "0.8", "--mixup-mode", "elem"], ["--no-model-ema", "--opt", "lamb"],
+    ["--model-ema-decay", "0.9", "--model-ema-force-cpu"], ["--three-augment", "--src"], ["--amp"], ["--sched", "plateau"], ["--sched", "none"],
+    ["--sched", "step", "--lr-noise", "0.1", "0.9"], ["--sched", "multistep"], ["--grad-checkpointing", "--decay-rational"],
+    ["--init", "variance_preserving", "--no-aug"], ["--opt", "sgd", "--momentum", "0.8", "--clip-mode", "agc"], ["--model_ema", "--data_set", "DIGITS"]])
+def test_options_train_and_resume(tmp_path, flags):
+    assert call(*SMALL, *flags, "--train-subset", "64", "--epochs", "1", "--output-dir", tmp_path) == 0
+    assert call(*SMALL, *flags, "--train-subset", "64", "--epochs", "2", "--output-dir", tmp_path, "--resume", "auto") == 0
+    entries = log(tmp_path)
+    assert len(entries) == 2 and all(e["train_loss"] == e["train_loss"] for e in entries)
+
+
+def test_distillation_with_and_without_a_token(tmp_path):
+    teacher = ["--teacher-model", "kat_micro_patch8_32", "--teacher-path", tmp_path / "teacher" / "checkpoint.pth"]
+    plain = [f for f in SMALL if f not in ("depth=2", "embed_dim=32", "num_heads=2", "--model-kwargs")]
+    assert call(*plain, "--epochs", "1", "--output-dir", tmp_path / "teacher") == 0
+    for kind, model in (("soft", "kat_micro_distilled_patch8_32"), ("hard", "kat_micro_distilled_patch8_32"), ("soft", "kat_micro_patch8_32")):
+        assert call(*SMALL, "--model", model, "--epochs", "1", "--distillation-type", kind, *teacher) == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nan_loss_stops_every_process_and_keeps_the_last_good_checkpoint(tmp_path, processes, capfd):
+    assert call(*SMALL, "--epochs", "1", "--no-repeated-aug", "--output-dir", tmp_path) == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    bad = [*SMALL, "--no-repeated-aug", "--resume", tmp_path / "checkpoint.pth", "--output-dir", tmp_path, "--epochs", "3", "--lr", "1e38",
+           "--unscale-lr", "--clip-grad", "1e38"]
+    capfd.readouterr()
+    if processes == 1:
+        assert call(*bad) == 1
+        error = capfd.readouterr().err
+    else:
+        result = torchrun(2, *bad)
+        assert result.returncode != 0
+        error = result.stderr
+    for rank in range(processes):
+        assert re.search(rf"stopped \(process {rank}\): the loss is not finite in epoch 2: rank 0 at step \d+", error), error
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and len(log(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("images, flags", [(20, []), (3, []), (1, ["--mixup", "0", "--cutmix", "0"])])
+def test_fewer_images_than_a_batch_train(images, flags, capfd):
+    """(1,500 digits, ten classes: a stratified subset below ten images is drawn without strata)."""
+    for augmentation in ([], ["--no-repeated-aug"]):
+        assert call(*SMALL, "--train-subset", images, "--val-subset", "3", "--epochs", "1", *augmentation, *flags) == 0
+        assert f"batch size {images - images % 2 or 1} instead of 32" in capfd.readouterr().out
+
+
+def test_fewer_images_than_processes(tmp_path):
+    few = [*SMALL, "--train-subset", "2", "--val-subset", "2", "--epochs", "1"]
+    result = torchrun(3, *few, "--mixup", "0", "--cutmix", "0")
+    assert result.returncode == 0 and "(2 images)" in result.stdout, result.stderr
+    result = torchrun(3, *few)
+    assert result.returncode != 0 and "too few for mixup and cutmix" in result.stderr and "ZeroDivisionError" not in result.stderr
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--eval"], "--eval needs --resume"), (["--resume", "auto"], "needs --output-dir"), (["--run-id", "x"], "needs --run-name"),
+    (["--model", "kat_tinny_patch16_224"], "near it: .*kat_tiny_patch16_224"), (["--opt", "adamx"], "unknown optimizer 'adamx'; near it: .*adam"),
+    (["--batch-size", "3"], "even --batch-size"), (["--distillation-type", "soft"], "needs --teacher-path"),
+    (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"), (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
+    (["--resume", "missing.pth"], "there is no checkpoint missing.pth"), (["--model-kwargs", "widht=3", "--device", "cpu"], "cannot build .*widht"),
+    (["--data-set", "IMNET", "--data-path", "/nonexistent"], "/nonexistent"), (["--resume", __file__], "not a checkpoint")])
+def test_wrong_flags_get_a_sentence_and_exit_2(flags, sentence, capfd):
+    assert call(*flags) == 2
+    error = capfd.readouterr().err
+    assert re.search(sentence, error) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_wrong_spelling_is_answered_with_the_right_one(capfd):
+    with pytest.raises(SystemExit) as caught:
+        call("--batchsize", "3")
+    assert caught.value.code == 2 and "did you mean --batch-size" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        call("--data-set", "CIFAR11")
+    assert "CIFAR10" in capfd.readouterr().err
+
+
+def test_both_spellings_defaults_and_read_only_arguments():
+    a, _ = parse(["--data_set", "CIFAR10", "--weight_decay=0.1", "--model_kwargs", "num_groups=4"], lambda args: None)
+    assert (a.data_set, a.weight_decay, a.model_kwargs) == ("CIFAR10", 0.1, {"num_groups": 4})
+    assert (a.batch_size, a.epochs, a.opt, a.sched, a.lr, a.output_dir, a.device) == (64, 100, "adamw", "cosine", 5e-4, "", "cuda")
+    with pytest.raises(AttributeError, match="read-only"):
+        a.lr = 1
+    with pytest.raises(SystemExit) as caught:
+        get_args_parser().parse_args(["--help"])
+    assert caught.value.code == 0
+
+
+def test_learning_rate_line(capfd):
+    flags = [*SMALL, "--train-subset", "64", "--epochs", "0", "--batch-size", "32", "--grad-accum-steps", "4"]
+    call(*flags, "--lr", "1e-3")
+    assert "learning rate 0.00025 (base 0.001 x 128 / 512; global batch 128 = 32 images x 1 processes x 4 accumulated)" in capfd.readouterr().out
+    call(*flags, "--lr", "1e-3", "--unscale-lr")
+    assert "learning rate 0.001 (not scaled; global batch 128" in capfd.readouterr().out
+
+
+def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--output-dir", tmp_path / "run", "--run-name", "test") == 0
+    assert "logging offline" in capfd.readouterr().out
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_other_model_or_optimizer_in_the_checkpoint(tmp_path, capfd):
+    assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
+    capfd.readouterr()
+    assert call("--resume", tmp_path / "checkpoint.pth", "--model", "vit_micro_patch8_32", "--device", "cpu", "--epochs", "2") == 2
+    assert "does not fit the model: " in capfd.readouterr().err
+    shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "cut.pth")
+    os.truncate(tmp_path / "cut.pth", 10_000)
+    assert call("--eval", "--resume", tmp_path / "cut.pth") == 2
+    assert "damaged" in capfd.readouterr().err
