@@ -1,0 +1,327 @@
+"""Data sets and their transforms, one registry. Bad data raises DataError, one sentence, before any training.
+
+To add a data set, write a function (args, download) -> (train, validation), two ImageDatasets, under @register_dataset.
+"""
+
+import hashlib
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+import torchvision.datasets as tv
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
+from timm.data.auto_augment import posterize as timm_posterize
+from torch.utils.data import Dataset
+from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
+
+SMALL_INPUT = 32           # pixels; up to this size no random resized crop and no centre crop, as in DeiT
+CHECK_LIMIT = 100_000      # images; larger sets are checked while they are read
+VAL_FOLDERS = ("val", "valid", "validation", "test")
+
+
+class DataError(Exception):
+    """Something is wrong with the data; the message is one sentence that names the file or folder."""
+
+    def __str__(self) -> str:
+        # an error from a DataLoader worker comes back with its traceback in front of the sentence
+        return super().__str__().rsplit("DataError: ", 1)[-1].strip()
+
+
+class ImageDataset(Dataset):
+    """Labelled images in arrays, which forked workers share and pickle copies quickly, unlike lists of paths.
+
+    images: (n, H, W, 3) uint8, or (n,) file names as bytes, relative to root. targets: (n,) int64.
+    classes: one name per class. transform: PIL RGB image -> tensor, attached by `build_datasets`.
+    """
+
+    def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], root: str = ""):
+        self.images = images
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = list(classes)
+        self.root = root
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int):
+        item = self.images[index]
+        image = load_image(self.root, item) if isinstance(item, bytes) else Image.fromarray(item)
+        return image if self.transform is None else self.transform(image), int(self.targets[index])
+
+    def subset(self, size: int | None, seed: int) -> "ImageDataset":
+        if size is None:
+            return self
+        if not 1 <= size <= len(self):
+            raise DataError(f"a subset of {size} images was asked for, of a set that has {len(self)}")
+        chosen = stratified_indices(self.targets, size, seed)
+        return ImageDataset(self.images[chosen], self.targets[chosen], self.classes, self.root)
+
+
+def load_image(root: str, name: bytes) -> Image.Image:
+    path = os.path.join(root, os.fsdecode(name))
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:    # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def stratified_indices(targets: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Sorted indices of `size` samples, a function of (targets, size, seed); each class keeps its share to within one.
+
+    The j-th of the n_c shuffled samples of class c has quota (j + 1/2) / n_c, and the lowest quotas are taken
+    (Sainte-Lague's method). With one seed a smaller subset lies within a larger one.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(targets))
+    order = order[np.argsort(targets[order], kind="stable")]    # one class after another, each shuffled
+    counts = np.bincount(targets)
+    position = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
+    quota = (position + 0.5) / np.repeat(counts, counts)
+    return np.sort(order[np.lexsort((rng.random(len(targets)), quota))[:size]])
+
+
+DATASETS: dict[str, Callable[[Namespace, bool], tuple[ImageDataset, ImageDataset]]] = {}
+
+
+def register_dataset(*names: str) -> Callable:
+    def register(build: Callable) -> Callable:
+        for name in names:
+            if name in DATASETS:
+                raise ValueError(f"data set {name!r} is registered twice")
+            DATASETS[name] = build
+        return build
+    return register
+
+
+@register_dataset("CIFAR10", "CIFAR100", "CIFAR")    # CIFAR is DeiT's name for CIFAR100
+def cifar(args: Namespace, download: bool):
+    source = tv.CIFAR10 if args.data_set == "CIFAR10" else tv.CIFAR100
+    parts = _torchvision(source, args, download, [{"train": True}, {"train": False}],
+                         f"{source.filename} from {source.url} into {args.data_path}")
+    return tuple(ImageDataset(part.data, part.targets, part.classes) for part in parts)
+
+
+@register_dataset("SVHN")
+def svhn(args: Namespace, download: bool):
+    urls = " and ".join(tv.SVHN.split_list[split][0] for split in ("train", "test"))
+    parts = _torchvision(tv.SVHN, args, download, [{"split": "train"}, {"split": "test"}],
+                         f"{urls} into {args.data_path}")
+    return tuple(ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, list("0123456789")) for part in parts)
+
+
+@register_dataset("STL10")
+def stl10(args: Namespace, download: bool):
+    parts = _torchvision(tv.STL10, args, download, [{"split": "train"}, {"split": "test"}],
+                         f"{tv.STL10.filename} from {tv.STL10.url} into {args.data_path}")
+    return tuple(ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, part.classes) for part in parts)
+
+
+@register_dataset("Flowers102")
+def flowers102(args: Namespace, download: bool):
+    """Train and val splits together for training (2,040 images), as usual in fine-tuning; 6,149 test images."""
+    splits = _torchvision(tv.Flowers102, args, download, [{"split": split} for split in ("train", "val", "test")],
+                          "102flowers.tgz, imagelabels.mat and setid.mat from https://www.robots.ox.ac.uk/~vgg/data/"
+                          f"flowers/102/ into {Path(args.data_path, 'flowers-102')}")
+    classes = getattr(tv.Flowers102, "classes", [str(c) for c in range(102)])    # older torchvision has no names
+
+    def join(*parts) -> ImageDataset:    # torchvision keeps files and labels private
+        names = [os.fsencode(os.path.relpath(file, args.data_path)) for part in parts for file in part._image_files]
+        return ImageDataset(np.array(names), [c for part in parts for c in part._labels], classes, str(args.data_path))
+    return join(*splits[:2]), join(splits[2])
+
+
+def _torchvision(source: type, args: Namespace, download: bool, splits: list[dict], files: str) -> list:
+    try:
+        return [source(args.data_path, download=download, **split) for split in splits]
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise DataError(f"{args.data_set} is not complete in {args.data_path} and could not be downloaded ({error}): "
+                        f"put {files}") from error
+
+
+@register_dataset("DIGITS")
+def digits(args: Namespace, download: bool):
+    """scikit-learn's 1,797 scanned 8x8 digits, which need no download: 1,500 for training, 297 for validation."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    source = load_digits()
+    grey = np.round(source.images * (255 / 16)).astype(np.uint8)    # (1797, 8, 8), from 0..16
+    images = np.repeat(grey[..., None], 3, axis=-1)
+    split = train_test_split(np.arange(len(images)), train_size=1500, test_size=297, stratify=source.target,
+                             random_state=0)
+    return tuple(ImageDataset(images[part], source.target[part], list("0123456789")) for part in split)
+
+
+@register_dataset("IMNET")
+def image_folders(args: Namespace, download: bool):
+    """Any tree train/<class>/*.jpg and val/<class>/*.jpg, such as ImageNet; the classes are those of the tree."""
+    root = str(args.data_path)
+    if not os.path.isdir(root):
+        raise DataError(f"the data folder {root} does not exist")
+    if not os.path.isdir(os.path.join(root, "train")):
+        raise DataError(f"{root} has no folder named train")
+    val_folder = next((name for name in VAL_FOLDERS if os.path.isdir(os.path.join(root, name))), None)
+    if val_folder is None:
+        raise DataError(f"{root} has no validation folder: looked for {', '.join(VAL_FOLDERS)}")
+    train, val = _image_folder(root, "train"), _image_folder(root, val_folder)
+    differences = [f"only in {folder}: {_some(sorted(set(a.classes) - set(b.classes)))}"
+                   for folder, a, b in (("train", train, val), (val_folder, val, train))
+                   if set(a.classes) - set(b.classes)]
+    if differences:
+        raise DataError(f"{root}: train and {val_folder} have different classes, {'; '.join(differences)}")
+    return train, val
+
+
+def _image_folder(root: str, folder: str) -> ImageDataset:
+    path = os.path.join(root, folder)
+    try:
+        tree = tv.ImageFolder(path, allow_empty=True)
+    except OSError as error:
+        raise DataError(f"{path} has no class folders that can be read ({error})") from error
+    counts = np.bincount(np.array(tree.targets, dtype=np.int64), minlength=len(tree.classes))
+    empty = [os.path.join(path, name) for name, count in zip(tree.classes, counts) if count == 0]
+    if empty:
+        raise DataError(f"class folders without any image ({', '.join(tree.extensions)}): {_some(empty)}")
+    names = np.array([os.fsencode(os.path.relpath(file, root)) for file, _ in tree.samples])
+    return ImageDataset(names, tree.targets, tree.classes, root)
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def build_transform(is_train: bool, args: Namespace) -> Compose:
+    """PIL image -> normalised (3, input_size, input_size) float32 tensor: timm's transforms with DeiT's choices.
+
+    Training: random resized crop, flips, --aa policy or 3-Augment (which replaces it), colour jitter (as in timm only
+    without a policy or with 3-Augment), normalise, random erasing. Evaluation: resize to input_size / eval_crop_ratio,
+    centre crop. Up to 32 pixels the whole image is resized, for training with a random crop after 4 pixels of padding.
+    Source: DeiT (Touvron et al. 2021); 3-Augment and simple random crop (src) from DeiT III (Touvron et al. 2022).
+    """
+    size = args.input_size
+    common = {"input_size": size, "mean": tuple(args.mean), "std": tuple(args.std)}
+    if not is_train or args.no_aug:
+        if size <= SMALL_INPUT:
+            return create_transform(**common, interpolation=args.interpolation, crop_pct=1.0, crop_mode="squash")
+        return create_transform(**common, is_training=is_train, no_aug=is_train, crop_pct=args.eval_crop_ratio,
+                                interpolation=args.train_interpolation if is_train else args.interpolation)
+
+    policy = "3a" if args.three_augment else args.aa or "none"
+    default_hflip = 0.0 if args.data_set == "DIGITS" else 0.5
+    try:
+        transform = create_transform(
+            **common, is_training=True, scale=args.scale, ratio=args.ratio, vflip=args.vflip,
+            hflip=default_hflip if args.hflip is None else args.hflip,
+            color_jitter=args.color_jitter or None, auto_augment=None if policy.lower() == "none" else policy,
+            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    except (AssertionError, ValueError) as error:
+        raise DataError(f"timm cannot build the training transform with the policy {policy!r} ({error})") from error
+    if args.src or size <= SMALL_INPUT:    # in place of the random resized crop, timm's first step
+        fixed = args.interpolation if args.train_interpolation == "random" else args.train_interpolation
+        transform.transforms[:1] = [Resize(size if args.src else (size, size), InterpolationMode(fixed)),
+                                    RandomCrop(size, padding=4, padding_mode="reflect" if args.src else "constant")]
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", ()), *(op for ops in getattr(step, "policy", ()) for op in ops)]:
+            if isinstance(op, AugmentOp) and op.name.startswith("Posterize"):
+                op.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """timm's posterize; at 0 bits a black image, as before Pillow 13, which raises there."""
+    return timm_posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+def build_datasets(args: Namespace, rank: int = 0, world_size: int = 1) -> tuple[ImageDataset, ImageDataset, list[str]]:
+    """Training set, validation set and class names of `args.data_set`, with transforms, subsets and checks applied.
+
+    In distributed runs every rank calls it: rank 0 goes first and alone downloads, and if any rank fails, all raise.
+    Raises: DataError.
+    """
+    if args.data_set not in DATASETS:
+        raise DataError(f"unknown data set {args.data_set!r}: there are {', '.join(sorted(DATASETS))}")
+    for my_turn in (rank == 0, rank != 0):
+        errors = []
+        if my_turn:
+            try:
+                if os.path.isfile(args.data_path or ""):
+                    raise DataError(f"the data path {args.data_path} is a file, not a folder")
+                train, val = DATASETS[args.data_set](args, rank == 0)
+                train, val = train.subset(args.train_subset, args.seed), val.subset(args.val_subset, args.seed)
+            except DataError as error:
+                errors = [str(error)]
+        raise_on_all_ranks(errors)
+    train.transform, val.transform = build_transform(True, args), build_transform(False, args)
+    check_images([train, val], args.check_images, rank, world_size)
+    return train, val, train.classes
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def raise_on_all_ranks(errors: list[str]) -> None:
+    """Raise the same DataError on every rank if any rank has an error, so that none waits for one that stopped."""
+    if _is_distributed():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, errors)
+        errors = [error for own in gathered for error in own]
+    if errors:
+        raise DataError(_some(list(dict.fromkeys(errors))))
+
+
+def check_images(parts: Sequence[ImageDataset], mode: str, rank: int = 0, world_size: int = 1) -> None:
+    """Decode every image file, split over ranks and threads, and raise one DataError that names the unreadable ones.
+
+    mode: auto (up to CHECK_LIMIT images, and not again while no file changes), all, off.
+    """
+    parts = [part for part in parts if part.images.dtype.kind == "S"]    # file names, not pixels
+    count = sum(len(part) for part in parts)
+    if count == 0 or mode == "off" or (mode == "auto" and count > CHECK_LIMIT):
+        return
+    files = [(part.root, name) for part in parts for name in part.images]
+    stamp = _check_stamp(files)
+    bad = []
+    if mode == "all" or stamp is None or not stamp.exists():
+        mine, threads = files[rank::world_size], min(8, os.cpu_count() or 1)    # decoding releases the GIL
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(_unreadable, [mine[thread::threads] for thread in range(threads)])
+            bad = sorted(error for errors in found for error in errors)
+    raise_on_all_ranks(bad)
+    if stamp is not None and (world_size == 1 or _is_distributed()):    # else the shares of other ranks are unknown
+        try:
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.touch()
+        except OSError:
+            pass    # no cache: the next start checks again
+
+
+def _unreadable(files: list[tuple[str, bytes]]) -> list[str]:
+    errors = []
+    for root, name in files:
+        try:
+            load_image(root, name)
+        except DataError as error:
+            errors.append(str(error))
+    return errors
+
+
+def _check_stamp(files: list[tuple[str, bytes]]) -> Path | None:
+    """Where to remember that these files were decoded: named by a hash of every name, size and modification time."""
+    digest = hashlib.sha256()
+    try:
+        for root, name in files:
+            status = os.stat(os.path.join(os.fsencode(root), name))
+            digest.update(b"%s\0%d\0%d\n" % (name, status.st_size, status.st_mtime_ns))
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except (OSError, RuntimeError):    # a broken link, or no home folder
+        return None
+    return Path(cache, "kan-vit", "checked-images", digest.hexdigest())
