@@ -1,4 +1,4 @@
-"""Data sets and their transforms, one registry. Bad data raises DataError, one sentence, before any training.
+"""Data sets, one registry. Bad data raises DataError, one sentence, before any training.
 
 To add a data set, write a function (args, download) -> (train, validation), two ImageDatasets, under @register_dataset.
 """
@@ -15,14 +15,11 @@ import numpy as np
 import torch.distributed as dist
 import torchvision.datasets as tv
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
-from timm.data.auto_augment import posterize as timm_posterize
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
-SMALL_INPUT = 32           # pixels; up to this size no random resized crop and no centre crop, as in DeiT
-CHECK_LIMIT = 100_000      # images; larger sets are checked while they are read
+from transforms import build_transform
+
+CHECK_LIMIT = 100_000    # images; larger sets are checked while they are read
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
@@ -38,7 +35,7 @@ class ImageDataset(Dataset):
     """Labelled images in arrays, which forked workers share and pickle copies quickly, unlike lists of paths.
 
     images: (n, H, W, 3) uint8, or (n,) file names as bytes, relative to root. targets: (n,) int64.
-    classes: one name per class. transform: PIL RGB image -> tensor, attached by `build_datasets`.
+    classes: one name per class. transform: PIL RGB image -> uint8 tensor, attached by `build_datasets`.
     """
 
     def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], root: str = ""):
@@ -198,53 +195,11 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def build_transform(is_train: bool, args: Namespace) -> Compose:
-    """PIL image -> normalised (3, input_size, input_size) float32 tensor: timm's transforms with DeiT's choices.
-
-    Training: random resized crop, flips, --aa policy or 3-Augment (which replaces it), colour jitter (as in timm only
-    without a policy or with 3-Augment), normalise, random erasing. Evaluation: resize to input_size / eval_crop_ratio,
-    centre crop. Up to 32 pixels the whole image is resized, for training with a random crop after 4 pixels of padding.
-    Source: DeiT (Touvron et al. 2021); 3-Augment and simple random crop (src) from DeiT III (Touvron et al. 2022).
-    """
-    size = args.input_size
-    common = {"input_size": size, "mean": tuple(args.mean), "std": tuple(args.std)}
-    if not is_train or args.no_aug:
-        if size <= SMALL_INPUT:
-            return create_transform(**common, interpolation=args.interpolation, crop_pct=1.0, crop_mode="squash")
-        return create_transform(**common, is_training=is_train, no_aug=is_train, crop_pct=args.eval_crop_ratio,
-                                interpolation=args.train_interpolation if is_train else args.interpolation)
-
-    policy = "3a" if args.three_augment else args.aa or "none"
-    default_hflip = 0.0 if args.data_set == "DIGITS" else 0.5
-    try:
-        transform = create_transform(
-            **common, is_training=True, scale=args.scale, ratio=args.ratio, vflip=args.vflip,
-            hflip=default_hflip if args.hflip is None else args.hflip,
-            color_jitter=args.color_jitter or None, auto_augment=None if policy.lower() == "none" else policy,
-            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
-    except (AssertionError, ValueError) as error:
-        raise DataError(f"timm cannot build the training transform with the policy {policy!r} ({error})") from error
-    if args.src or size <= SMALL_INPUT:    # in place of the random resized crop, timm's first step
-        fixed = args.interpolation if args.train_interpolation == "random" else args.train_interpolation
-        transform.transforms[:1] = [Resize(size if args.src else (size, size), InterpolationMode(fixed)),
-                                    RandomCrop(size, padding=4, padding_mode="reflect" if args.src else "constant")]
-    for step in transform.transforms:
-        for op in [*getattr(step, "ops", ()), *(op for ops in getattr(step, "policy", ()) for op in ops)]:
-            if isinstance(op, AugmentOp) and op.name.startswith("Posterize"):
-                op.aug_fn = posterize
-    return transform
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
-    """timm's posterize; at 0 bits a black image, as before Pillow 13, which raises there."""
-    return timm_posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
-
 def build_datasets(args: Namespace, rank: int = 0, world_size: int = 1) -> tuple[ImageDataset, ImageDataset, list[str]]:
     """Training set, validation set and class names of `args.data_set`, with transforms, subsets and checks applied.
 
     In distributed runs every rank calls it: rank 0 goes first and alone downloads, and if any rank fails, all raise.
-    Raises: DataError.
+    Raises: DataError; UserError for an augmentation policy that timm does not know.
     """
     if args.data_set not in DATASETS:
         raise DataError(f"unknown data set {args.data_set!r}: there are {', '.join(sorted(DATASETS))}")

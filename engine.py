@@ -40,7 +40,7 @@ def autocast(device: torch.device, amp: str):
 
 
 def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world: World) -> tuple[dict, dict]:
-    """Train on every batch of `loader` once.
+    """Train on every batch of `loader` once; its images come normalised, and on the device.
 
     The device is only synchronised when something is logged: losses are summed there, and the first step with a NaN or infinite loss
     is remembered there and looked at by all processes together, at every log line and at the end of the epoch.
@@ -59,7 +59,6 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     run.optimizer.zero_grad(set_to_none=True)
 
     for step, (images, targets) in enumerate(loader):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if run.mixup is not None:
             images, targets = run.mixup(images, targets)
         if args.bce_loss:
@@ -145,23 +144,25 @@ def _progress_bar(steps: int, title: str):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, amp: str, world: World) -> dict[str, float]:
-    """Evaluate on the whole validation set: every image counts once, whatever the number of processes.
+def evaluate(models: dict[str, nn.Module], loader, amp: str, world: World) -> dict[str, dict[str, float]]:
+    """Evaluate models in one pass over the whole validation set: every image counts once, whatever the number of processes.
 
-    Returns: {acc1, acc5 (per cent; acc5 is the top-C accuracy where there are C < 5 classes), loss (mean cross-entropy per image), images}.
+    Returns: for each model {acc1, acc5 (per cent; acc5 is the top-C accuracy where there are C < 5 classes), loss (mean cross-entropy
+    per image), images}.
     """
-    model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    correct = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for model in models.values():
+        model.eval()
+    sums = torch.zeros(len(models), 3, dtype=torch.float64, device=world.device)  # loss, top-1 hits, top-5 hits of each model
     count = 0
     for images, targets in loader:
-        images, targets = images.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
-        with autocast(world.device, amp):
-            logits = model(images)
-        logits = logits.float()
-        loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
-        hits = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None])
-        correct += torch.stack((hits[:, 0].sum(), hits.sum()))
+        for own_sums, model in zip(sums, models.values()):
+            with autocast(world.device, amp):
+                logits = model(images)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
+            hits = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None])
+            own_sums += torch.stack((loss, hits[:, 0].sum(), hits.sum()))
         count += len(targets)
-    loss, top1, top5, images = world.all_sum(loss_sum.item(), *correct.tolist(), count)
-    return {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+    *totals, images = world.all_sum(*sums.flatten().tolist(), count)
+    return {name: {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+            for name, loss, top1, top5 in zip(models, totals[::3], totals[1::3], totals[2::3])}

@@ -19,7 +19,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import checkpoints
 import utils
@@ -28,6 +27,7 @@ from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from losses import DistillationLoss
 from samplers import ExactEvalBatchSampler, train_sampler
+from transforms import DeviceLoader, build_loader
 from utils import UserError, World
 
 
@@ -72,8 +72,8 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         checkpoints.load_weights(model, checkpoint["model"], args.resume)
         if checkpoint.get("classes", classes) != classes:
             world.log(f"note: the checkpoint was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
-    val_loader = DataLoader(val_set, batch_sampler=ExactEvalBatchSampler(len(val_set), int(1.5 * args.batch_size), world.world_size,
-                                                                         world.rank), **loader_options(args, world))
+    val_batches = ExactEvalBatchSampler(len(val_set), int(1.5 * args.batch_size), world.world_size, world.rank)
+    val_loader = build_loader(val_set, args, world.device, num_workers(args, world), is_train=False, batch_sampler=val_batches)
     if args.eval:
         evaluate_checkpoint(model, checkpoint, val_loader, amp, world)
     else:
@@ -95,19 +95,18 @@ def build_model(args: Arguments, num_classes: int, weights_follow: bool = False)
     return model
 
 
-def loader_options(args: Arguments, world: World) -> dict:
+def num_workers(args: Arguments, world: World) -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    workers = min(10, len(os.sched_getaffinity(0)) // processes) if args.num_workers is None else args.num_workers
-    return dict(num_workers=workers, pin_memory=args.pin_mem and world.device.type == "cuda")
+    return min(10, len(os.sched_getaffinity(0)) // processes) if args.num_workers is None else args.num_workers
 
 
-def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DataLoader, amp: str, world: World) -> None:
-    results = {"raw": evaluate(model, loader, amp, world)}
-    chosen = "raw"
+def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DeviceLoader, amp: str, world: World) -> None:
+    models, chosen = {"raw": model}, "raw"
     if checkpoint is not None and checkpoint.get("model_ema") is not None:
-        checkpoints.load_weights(model, checkpoint["model_ema"], "the EMA of the checkpoint")
-        results["EMA"] = evaluate(model, loader, amp, world)
+        models["EMA"] = copy.deepcopy(model)
+        checkpoints.load_weights(models["EMA"], checkpoint["model_ema"], "the EMA of the checkpoint")
         chosen = checkpoint["best"]["weights"] or "raw"
+    results = evaluate(models, loader, amp, world)
     for weights, result in results.items():
         world.log(f"{weights} weights: " + format_result(result))
     world.log(f"top-1 {results[chosen]['acc1']:.2f} % ({chosen} weights)")
@@ -117,11 +116,11 @@ def format_result(result: dict) -> str:
     return f"Acc@1 {result['acc1']:.3f}  Acc@5 {result['acc5']:.3f}  loss {result['loss']:.5f}  ({result['images']} images)"
 
 
-def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: DataLoader, classes: list[str], amp: str, args: Arguments,
+def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: DeviceLoader, classes: list[str], amp: str, args: Arguments,
           world: World) -> None:
     sampler = train_sampler(train_set, world.world_size, world.rank, args.seed, repeats=3 if args.repeated_aug else 1)
     batch_size = fitting_batch_size(len(sampler), args, world)
-    loader = DataLoader(train_set, batch_size, sampler=sampler, drop_last=True, **loader_options(args, world))
+    loader = build_loader(train_set, args, world.device, num_workers(args, world), is_train=True, sampler=sampler, batch_size=batch_size)
     training, epochs = build_training(model, len(loader), batch_size, len(classes), amp, args, world)
     start_epoch = restore(training, checkpoint, args, world) if checkpoint is not None else 0
     folder = Path(args.output_dir) if args.output_dir else None
@@ -147,7 +146,7 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Data
             if folder:
                 keep_as = f"checkpoint-{epoch + 1:04d}.pth" if args.save_every and (epoch + 1) % args.save_every == 0 else None
                 checkpoints.save(folder, state_of(training, epoch, rng, classes, args), is_best, keep_as)
-                records.plot()
+                records.plot(at_most_every=30)
     if world.is_main:
         records.close()
     best = training.best
@@ -235,17 +234,16 @@ def build_criterion(model: nn.Module, mixing: bool, num_classes: int, args: Argu
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 
-def evaluate_epoch(training: Training, loader: DataLoader, epoch: int, entry: dict, world: World) -> bool:
+def evaluate_epoch(training: Training, loader: DeviceLoader, epoch: int, entry: dict, world: World) -> bool:
     """Evaluate raw and EMA weights into `entry`; True if one of them is the best so far (the EMA where both are equal)."""
-    candidates = [("test", "raw", training.model)]
+    models = {"raw": training.model}
     if training.ema is not None:
-        candidates.append(("test_ema", "EMA", training.ema.module))
+        on_device = next(training.ema.module.parameters()).device == world.device
+        models["EMA"] = training.ema.module if on_device else copy.deepcopy(training.ema.module).to(world.device)
     before = training.best
-    for prefix, weights, model in candidates:
-        if next(model.parameters()).device != world.device:
-            model = copy.deepcopy(model).to(world.device)
-        result = evaluate(model, loader, training.amp, world)
+    for weights, result in evaluate(models, loader, training.amp, world).items():
         world.log(f"epoch {epoch + 1}  {weights} weights: " + format_result(result))
+        prefix = "test_ema" if weights == "EMA" else "test"
         entry |= {f"{prefix}_{k}": result[k] for k in ("loss", "acc1", "acc5")}
         if result["acc1"] >= training.best["accuracy"] and (weights == "EMA" or result["acc1"] > training.best["accuracy"]):
             training.best = {"accuracy": result["acc1"], "weights": weights, "epoch": epoch}

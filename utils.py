@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -143,7 +144,7 @@ class Records:
 
     def __init__(self, folder: str, start_epoch: int, args: dict, run_name: str = "", run_id: str = "", project: str = "") -> None:
         self.folder = Path(folder) if folder else None
-        self.entries = []
+        self.entries, self.plotted = [], time.monotonic()
         if self.folder:
             about = {"args": args, "command": sys.argv, "versions": versions()}
             write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
@@ -163,9 +164,10 @@ class Records:
         if self.wandb:
             self.wandb.log({**entry, **speed}, step=entry["epoch"])
 
-    def plot(self) -> None:
-        if self.folder and self.entries:
+    def plot(self, at_most_every: float = 0.0) -> None:
+        if self.folder and self.entries and time.monotonic() - self.plotted >= at_most_every:
             plot_curves(self.entries, self.folder / "curves.png")
+            self.plotted = time.monotonic()
 
     def close(self) -> None:
         self.plot()

@@ -1,56 +1,28 @@
-"""Data sets, transforms and the sentences that bad data gets."""
+"""Data sets and the sentences that bad data gets."""
 
 import multiprocessing
 import pickle
-import random
 import socket
 import tarfile
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import PIL
 import pytest
 import torch
 import torch.distributed as dist
 import torchvision.datasets as tv
 from PIL import Image
 from scipy.io import savemat
-from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 import datasets
-from datasets import DATASETS, DataError, build_datasets, build_transform, register_dataset, stratified_indices
+from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise
+from datasets import DATASETS, DataError, build_datasets, register_dataset, stratified_indices
+from transforms import build_loader
 
 ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10-jpg.tar.xz"
-POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "rand-m15-n2-mstd1.0-inc1"]    # DeiT, KAT, KArAt
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-def make_args(**overrides):
-    defaults = dict(
-        data_set="DIGITS", data_path="", input_size=32, mean=MEAN, std=STD, train_interpolation="random",
-        interpolation="bicubic", color_jitter=None, aa=None, reprob=0.0, remode="pixel", recount=1,
-        eval_crop_ratio=0.875, three_augment=False, src=False, hflip=None, vflip=0.0, scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3), no_aug=False, train_subset=None, val_subset=None, check_images="auto", seed=0,
-        num_workers=0)
-    return SimpleNamespace(**{**defaults, **overrides})
-
-
-def noise(width=48, height=40, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def normalised(value):
-    """Pixel value in [0, 1], equal in all channels, after normalisation: (3, 1, 1)."""
-    return ((value - torch.tensor(MEAN)) / torch.tensor(STD))[:, None, None]
-
-
 TREE = [f"{folder}/{name}/{i}.jpg" for folder in ("train", "val") for name in ("cat", "dog") for i in range(3)]
 
 
@@ -106,163 +78,6 @@ def test_registered_data_set_is_built(monkeypatch):
     monkeypatch.delitem(DATASETS, "NOISE")
 
 
-@pytest.mark.parametrize("size", [28, 32, 64])
-@pytest.mark.parametrize("is_train", [True, False])
-@pytest.mark.parametrize("options", [
-    {}, {"aa": POLICIES[0], "reprob": 0.5}, {"three_augment": True, "color_jitter": 0.3}, {"src": True},
-    {"no_aug": True}, {"train_interpolation": "bilinear", "interpolation": "bilinear"}, {"aa": "augmix-m3-w3"},
-    {"aa": "v0", "vflip": 0.5}, {"scale": None, "ratio": None, "color_jitter": 0.0}, {"reprob": 1.0, "remode": "rand"}])
-def test_output_shape_and_dtype(size, is_train, options):
-    transform = pickle.loads(pickle.dumps(build_transform(is_train, make_args(input_size=size, **options))))
-    for image in (noise(), noise(8, 8), noise(30, 90)):
-        out = transform(image)
-        assert out.shape == (3, size, size) and out.dtype == torch.float32 and out.isfinite().all()
-
-
-@pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("is_train", [True, False])
-def test_normalisation(size, is_train):
-    transform = build_transform(is_train, make_args(input_size=size, no_aug=True))
-    torch.testing.assert_close(transform(Image.new("RGB", (50, 40), "white")), normalised(1.0).expand(3, size, size))
-    torch.testing.assert_close(transform(Image.new("RGB", (50, 40))), normalised(0.0).expand(3, size, size))
-
-
-@pytest.mark.parametrize("size, crop, resized", [(224, 0.875, 256), (224, 0.9, 248), (64, 1.0, 64)])
-def test_evaluation_resizes_then_crops(size, crop, resized):
-    steps = build_transform(False, make_args(input_size=size, eval_crop_ratio=crop)).transforms
-    assert isinstance(steps[0], T.Resize) and steps[0].size == resized
-    assert steps[0].interpolation == T.InterpolationMode.BICUBIC
-    assert isinstance(steps[1], T.CenterCrop) and tuple(steps[1].size) == (size, size)
-
-
-def test_small_evaluation_keeps_the_whole_image():
-    image = noise(32, 32)
-    expected = T.functional.normalize(T.functional.to_tensor(image), MEAN, STD)
-    for args in (make_args(), make_args(eval_crop_ratio=0.5)):
-        torch.testing.assert_close(build_transform(False, args)(image), expected)
-    wide = Image.fromarray(np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 32, axis=0)).convert("RGB")    # 64x32
-    row = build_transform(False, make_args(mean=(0, 0, 0), std=(1, 1, 1)))(wide)[0, 0]
-    assert row[0] < 0.03 and row[-1] > 0.95    # black on the left to white on the right
-
-
-def test_small_training_crop_shifts_the_image_over_black():
-    transform = build_transform(True, make_args(hflip=0.0))
-    padded = T.functional.pad(T.functional.normalize(T.functional.to_tensor(noise(32, 32)), MEAN, STD), 4)
-    padded[:, [*range(4), *range(36, 40)], :] = normalised(0.0)
-    padded[:, :, [*range(4), *range(36, 40)]] = normalised(0.0)
-    windows = {(i, j): padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)}
-    torch.manual_seed(0)
-    seen = set()
-    for _ in range(50):
-        out = transform(noise(32, 32))
-        matches = [shift for shift, window in windows.items() if torch.allclose(out, window)]
-        assert len(matches) == 1
-        seen.add(matches[0])
-    assert len(seen) > 10
-
-
-def test_large_training_crop_and_its_options():
-    steps = build_transform(True, make_args(input_size=64, scale=(0.5, 0.7), ratio=[1.0, 1.0], vflip=0.25)).transforms
-    assert isinstance(steps[0], RandomResizedCropAndInterpolation)
-    assert (steps[0].scale, steps[0].ratio) == ((0.5, 0.7), (1.0, 1.0)) and len(steps[0].interpolation) == 2
-    assert next(s.p for s in steps if isinstance(s, T.RandomVerticalFlip)) == 0.25
-
-
-@pytest.mark.parametrize("data_set, hflip, expected", [
-    ("IMNET", None, [0.5]), ("DIGITS", None, []), ("DIGITS", 0.3, [0.3]), ("SVHN", 0.0, [])])
-def test_horizontal_flip_default(data_set, hflip, expected):
-    steps = build_transform(True, make_args(data_set=data_set, hflip=hflip)).transforms
-    assert [s.p for s in steps if isinstance(s, T.RandomHorizontalFlip)] == expected
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_simple_random_crop_reflects(size):
-    transform = build_transform(True, make_args(input_size=size, src=True))
-    assert [type(step) for step in transform.transforms[:2]] == [T.Resize, T.RandomCrop]
-    assert transform.transforms[0].size == size
-    white = normalised(1.0).expand(3, size, size)
-    for _ in range(5):    # no black border
-        torch.testing.assert_close(transform(Image.new("RGB", (90, 70), "white")), white)
-
-
-def test_three_augment_replaces_the_policy():
-    steps = build_transform(True, make_args(three_augment=True, color_jitter=0.3, aa=POLICIES[0])).transforms
-    policies = [step for step in steps if isinstance(step, AutoAugment)]
-    assert len(policies) == 1 and not any(isinstance(step, RandAugment) for step in steps)
-    names = {op.name for ops in policies[0].policy for op in ops}
-    assert {name[:6] for name in names} == {"Solari", "Desatu", "Gaussi"}
-    jitter = next(step for step in steps if isinstance(step, T.ColorJitter))
-    assert jitter.brightness == pytest.approx((0.7, 1.3))
-
-
-@pytest.mark.parametrize("aa, jitter, policies, jitters", [
-    (POLICIES[0], 0.4, 1, 0), (None, 0.4, 0, 1), ("", 0.4, 0, 1), ("none", None, 0, 0), ("None", 0.0, 0, 0)])
-def test_policy_and_colour_jitter(aa, jitter, policies, jitters):
-    steps = build_transform(True, make_args(aa=aa, color_jitter=jitter)).transforms
-    assert sum(isinstance(step, RandAugment) for step in steps) == policies
-    assert sum(isinstance(step, T.ColorJitter) for step in steps) == jitters
-
-
-def test_random_erasing_comes_last_and_only_in_training():
-    args = make_args(input_size=64, reprob=1.0, remode="const", recount=2)
-    erasing = build_transform(True, args).transforms[-1]
-    assert isinstance(erasing, RandomErasing) and erasing.max_count == 2
-    out = build_transform(True, args)(Image.new("RGB", (64, 64), "white"))
-    erased = (out == 0).all(dim=0)
-    assert 0 < erased.sum() < erased.numel()
-    torch.testing.assert_close(out[:, ~erased], normalised(1.0)[:, 0].expand(3, int((~erased).sum())))
-    for other in (build_transform(False, args), build_transform(True, make_args(input_size=64))):
-        assert not any(isinstance(step, RandomErasing) for step in other.transforms)
-
-
-@pytest.mark.parametrize("policy", ["foo", "rand-q5", "v0-mstdx1.y"])
-def test_unknown_policy_is_named(policy):
-    with pytest.raises(DataError, match=policy):
-        build_transform(True, make_args(aa=policy))
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_20000_draws_of_each_published_policy(policy):
-    rand_augment = next(s for s in build_transform(True, make_args(aa=policy)).transforms if isinstance(s, RandAugment))
-    op = next(op for op in rand_augment.ops if op.name.startswith("Posterize"))
-    fixed, bits = op.aug_fn, Counter()
-
-    def counting(image, bits_to_keep, **kwargs):
-        bits[bits_to_keep] += 1
-        return fixed(image, bits_to_keep, **kwargs)
-
-    op.aug_fn = counting
-    random.seed(0)
-    np.random.seed(0)
-    image = noise(32, 32)
-    assert {rand_augment(image).size for _ in range(20_000)} == {(32, 32)}
-    assert bits.total() > 500
-    assert (bits[0] > 0) == policy.endswith("inc1")    # the draws that Pillow 13 raises on did happen
-
-
-@pytest.mark.parametrize("policy", [POLICIES[0], "original", "augmix-m3-w3", "rand-m9-mmax30-inc1"])
-def test_every_posterize_op_is_replaced(policy):
-    steps = build_transform(True, make_args(aa=policy)).transforms
-    ops = [op for s in steps for op in [*getattr(s, "ops", ()), *sum(getattr(s, "policy", []), [])]]
-    posterize = [op for op in ops if op.name.startswith("Posterize")]
-    assert posterize and all(op.aug_fn is datasets.posterize for op in posterize)
-    assert AugmentOp("Posterize").aug_fn is not datasets.posterize    # timm itself is left alone
-
-
-def test_posterize_at_magnitude_10_is_black():
-    steps = build_transform(True, make_args(aa="rand-m10-p1-inc1")).transforms
-    op = next(op for s in steps for op in getattr(s, "ops", ()) if op.name == "PosterizeIncreasing")
-    assert np.asarray(op(noise())).max() == 0 and op(noise()).size == noise().size
-    np.testing.assert_array_equal(datasets.posterize(noise(), 3), np.asarray(noise()) & 0b11100000)
-    assert np.asarray(datasets.posterize(noise(), -2)).max() == 0    # magnitudes above 10
-    unfixed = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
-    if int(PIL.__version__.split(".")[0]) >= 13:
-        with pytest.raises(ValueError, match="bits"):
-            unfixed(noise())
-    else:    # the meaning that is kept
-        assert np.asarray(unfixed(noise())).max() == 0
-
-
 def test_digits_split_is_fixed_stratified_and_disjoint():
     train, val, classes = build_datasets(make_args())
     assert (len(train), len(val), classes) == (1500, 297, list("0123456789"))
@@ -314,8 +129,8 @@ def test_image_folder_tree(tmp_path, val):
     random_crops = [any(isinstance(s, T.RandomCrop) for s in part.transform.transforms) for part in (train, held_out)]
     assert random_crops == [True, False]
     train = pickle.loads(pickle.dumps(train))    # what a spawned worker gets
-    for images, targets in DataLoader(train, batch_size=7):
-        assert images.shape == (7, 3, 32, 32) and targets.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    images, targets = zip(*train)
+    assert {image.shape for image in images} == {(3, 32, 32)} and targets == (0, 0, 0, 0, 1, 1, 1)
 
 
 @pytest.mark.parametrize("paths, words", [
@@ -388,7 +203,7 @@ def test_unreadable_image_is_named_while_reading(tmp_path, num_workers):
     break_image(tmp_path / "train/dog/2.jpg", "truncated")
     train, _, _ = build_datasets(args)
     with pytest.raises(DataError) as caught:
-        list(DataLoader(train, batch_size=2, num_workers=num_workers))
+        list(build_loader(train, args, CPU, num_workers, is_train=True, batch_size=2))
     error = caught.value.with_traceback(None)
     del caught    # frees the loader here: collected later, its worker takes 5 s to stop
     assert str(error).startswith(f"{tmp_path}/train/dog/2.jpg cannot be read as an image (OSError: ")
@@ -538,8 +353,8 @@ def test_real_jpegs(tmp_path):
     args = make_args(data_set="IMNET", data_path=str(tmp_path), aa=POLICIES[2], reprob=0.25)
     train, val, classes = build_datasets(args)
     assert len(classes) == 10 and len(train) == len(val) == 20 and "airplane" in classes
-    images, targets = next(iter(DataLoader(train, batch_size=20)))
+    images, targets = next(iter(build_loader(train, args, CPU, 1, is_train=True, batch_size=20)))
     assert images.shape == (20, 3, 32, 32) and targets.bincount().tolist() == [2] * 10
-    images, _ = next(iter(DataLoader(val, batch_size=20)))
+    images, _ = next(iter(build_loader(val, args, CPU, 1, is_train=False, batch_size=20)))
     pixels = images * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     assert -1e-5 < pixels.min() and pixels.max() < 1 + 1e-5 and 0.3 < pixels.mean() < 0.7

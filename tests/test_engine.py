@@ -88,11 +88,20 @@ def test_evaluate_counts_every_image_once():
     logits = torch.eye(7)[:, :7] * 5
     targets = torch.tensor([0, 1, 2, 3, 4, 6, 5])
     loader = [(logits[:4], targets[:4]), (logits[4:5], targets[4:5]), (logits[5:], targets[5:])]
-    result = evaluate(Table(), loader, "off", ALONE)
+    result = evaluate({"raw": Table()}, loader, "off", ALONE)["raw"]
     assert result["images"] == 7 and result["acc1"] == pytest.approx(500 / 7)
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
-    two = evaluate(Table(), [(logits[:2, :2], targets[:2])], "off", ALONE)
+    two = evaluate({"raw": Table()}, [(logits[:2, :2], targets[:2])], "off", ALONE)["raw"]
     assert two["acc5"] == 100
+
+
+def test_models_evaluated_together_get_the_figures_they_get_alone():
+    models = {name: nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.5)) for name in ("raw", "EMA", "third")}
+    data = batches(3, 8) + batches(1, 5, seed=1)
+    together = evaluate(models, iter(data), "off", ALONE)  # one pass: an iterator has no second
+    assert together == {name: evaluate({name: model}, data, "off", ALONE)[name] for name, model in models.items()}
+    assert list(together) == list(models) and len({result["loss"] for result in together.values()}) == 3
+    assert not any(model.training for model in models.values())
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
