@@ -13,8 +13,8 @@ SIZES = {
     "tiny_patch16_224": dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3),
     "small_patch16_224": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
     "base_patch16_224": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
-    "micro_patch4_32": dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3),
-    "micro_patch8_32": dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3),
+    "micro_patch4_32": dict(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=2),
+    "micro_patch8_32": dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=2),
 }
 
 

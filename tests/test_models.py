@@ -100,16 +100,16 @@ def test_flash_kat_options_and_weights_of_kat():
     assert torch.equal(flash(images), kat.eval()(images))
     odd = timm.create_model("flash_kat_micro_patch8_32", m=4, n=3, num_groups=4, den_groups=-1)
     act = odd.blocks[0].mlp.act2
-    assert act.weight_numerator.shape == (4, 4) and act.weight_denominator.shape == (384, 3)
+    assert act.weight_numerator.shape == (4, 4) and act.weight_denominator.shape == (256, 3)
 
 
 def test_timm_features_keep_working():
     images = torch.randn(2, 3, 32, 32)
     model = micro()
     features = timm.create_model("kat_micro_patch8_32", features_only=True)(images)
-    assert [f.shape for f in features] == [(2, 96, 4, 4)] * 3
+    assert [f.shape for f in features] == [(2, 64, 4, 4)] * 3
     final, intermediates = model.forward_intermediates(images)
-    assert final.shape == (2, 17, 96) and len(intermediates) == 4
+    assert final.shape == (2, 17, 64) and len(intermediates) == 4
     model.set_grad_checkpointing(True)
     model(images).sum().backward()
     grad = model.blocks[0].mlp.act1.weight_denominator.grad.clone()

@@ -189,7 +189,7 @@ def test_quickstart_starts_afresh_and_removes_only_what_it_wrote(project):
     project.require("pytest>=8")
     (project.root / "main.py").write_text(
         "import sys\nfrom pathlib import Path\n"
-        "if '--eval' in sys.argv:\n    print('* Acc@1 97.500 Acc@5 99.900')\n    sys.exit()\n"
+        "if '--eval' in sys.argv:\n    print('top-1 97.50 %')\n    sys.exit()\n"
         "out = Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
         "assert sorted(p.name for p in out.iterdir()) == ['mine.pth'], list(out.iterdir())\n"
         "assert sys.argv[-2:] == ['--epochs', '1']\n"
@@ -202,4 +202,4 @@ def test_quickstart_starts_afresh_and_removes_only_what_it_wrote(project):
     for _ in range(2):
         run = project.run("quickstart.sh", "--epochs", "1", OUT="my runs")
         assert run.returncode == 0, run.stdout + run.stderr
-        assert "97.500 %" in run.stdout and "my runs/best_checkpoint.pth" in run.stdout
+        assert "top-1 97.50 %" in run.stdout and "my runs/best_checkpoint.pth" in run.stdout
