@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import random
+import shutil
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -47,10 +49,6 @@ class World:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def init_world(device: str) -> World:
@@ -104,12 +102,17 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 
 def versions() -> dict[str, str]:
+    """What a result depends on: packages, GPU, commit of this repository."""
     import timm
     import torchvision
     found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
              "timm": timm.__version__, "numpy": np.__version__}
     if torch.cuda.is_available():
-        found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name()}
+        found |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True) \
+        if shutil.which("git") else None
+    if commit and commit.returncode == 0:
+        found["commit"] = commit.stdout.strip()
     return {k: str(v) for k, v in found.items()}
 
 

@@ -101,4 +101,5 @@ if [ ! "$PYTHON" ]; then
     fi
     PYTHON=$VENV/bin/python
 fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # CPU threads sleep while they wait; spinning costs a factor of ten on a busy machine
 echo "setup: using $PYTHON ($reason)"
