@@ -63,11 +63,14 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "", {}) else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return action.type.__name__.upper() if action.type else "NAME"
 
 
 def get_args_parser() -> Parser:
-    p = Parser("main.py", description="Train or evaluate vision transformers with Kolmogorov-Arnold functions.",
+    p = Parser("main.py", usage="main.py [options]", description="Train or evaluate vision transformers with Kolmogorov-Arnold functions.",
                formatter_class=_Formatter, allow_abbrev=False)
     switch = argparse.BooleanOptionalAction
 
@@ -216,7 +219,7 @@ def _check(a: Arguments) -> None:
         (a.run_id and not a.run_name, "--run-id needs --run-name"),
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
         (a.model_ema_decay is not None and not a.model_ema, "--model-ema-decay and --no-model-ema do not go together"),
-        (a.three_augment and a.no_aug, "--three-augment and --no-aug do not go together"),
+        (a.no_aug and (a.three_augment or a.src), "--no-aug does not go together with --three-augment or --src"),
         (a.amp == "fp16" and a.device == "cpu", "--amp fp16 needs a GPU; use --amp bf16 on the CPU"),
         (a.sched == "plateau" and a.sched_on_updates, "--sched plateau steps on epochs: drop --sched-on-updates"),
         (a.sched == "plateau" and a.eval_every != 1, "--sched plateau needs an evaluation every epoch: drop --eval-every"),

@@ -9,6 +9,7 @@ set -euo pipefail
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${KAT_VENV:-$ROOT/.venv}
+[[ $VENV = /* ]] || VENV=$PWD/$VENV
 DISK_GB=${KAT_DISK_GB:-12} DOWNLOAD_GB=3  # of PyPI's Linux wheels, most of it CUDA; 6 GB once installed
 
 die() { echo "setup: $*" >&2; exit 1; }
@@ -101,5 +102,4 @@ if [ ! "$PYTHON" ]; then
     fi
     PYTHON=$VENV/bin/python
 fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # CPU threads sleep while they wait; spinning costs a factor of ten on a busy machine
 echo "setup: using $PYTHON ($reason)"

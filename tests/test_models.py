@@ -11,7 +11,7 @@ from oracle import rational_oracle
 OURS = sorted(n for n in timm.list_models("*kat_*") + timm.list_models("vit_micro*"))
 PARAMETERS = {"kat_tiny_patch16_224": 5_718_328, "kat_small_patch16_224": 22_051_576, "kat_base_patch16_224": 86_568_568,
               "flash_kat_tiny_swish_patch16_224": 5_718_328, "kat_tiny_gelu_patch16_224": 5_718_328,
-              "kat_micro_patch4_32": 555_896, "vit_tiny_patch16_224": 5_717_416}
+              "kat_micro_patch4_32": 272_728, "vit_tiny_patch16_224": 5_717_416}
 
 
 def micro(name="kat_micro_patch8_32", **kwargs):
