@@ -31,7 +31,7 @@ class Training:
     ema: ModelEmaV3 | None = None
     mixup: object = None
     updates: int = 0  # optimizer steps so far
-    best: dict = field(default_factory=lambda: {"accuracy": 0.0, "weights": "", "epoch": -1})
+    best: dict = field(default_factory=lambda: {"accuracy": -1.0, "weights": "", "epoch": -1})
 
 
 def autocast(device: torch.device, amp: str):

@@ -34,8 +34,7 @@ from utils import UserError, World
 def main(argv: list[str] | None = None) -> int:
     try:
         args, checkpoint = parse(argv, _load_resumed)
-        world = utils.init_world(args.device)
-        run(args, checkpoint, world)
+        run(args, checkpoint, utils.init_world(args.device))
         return 0
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -63,7 +62,7 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         utils.set_deterministic()
     else:
         torch.backends.cudnn.benchmark = True
-    amp = args.amp or ("bf16" if world.device.type == "cuda" else "off")
+    amp = args.amp or utils.default_amp(world.device)
     train_set, val_set, classes = build_datasets(args, world.rank, world.world_size)
     model = build_model(args, len(classes), weights_follow=checkpoint is not None).to(world.device)
     world.log(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.input_size} pixels, amp {amp}")
@@ -88,10 +87,10 @@ def build_model(args: Arguments, num_classes: int, weights_follow: bool = False)
         options["weight_init"] = "skip" if weights_follow else args.init
     try:
         model = timm.create_model(args.model, pretrained=args.pretrained, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # wrong options, or no network for the weights
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError) as error:  # wrong options, or no network for the weights
         raise UserError(f"cannot build {args.model}: {str(error).strip().splitlines()[0]}") from error
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
     return model
 
 
@@ -124,10 +123,11 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     training, epochs = build_training(model, len(loader), batch_size, len(classes), amp, args, world)
     start_epoch = restore(training, checkpoint, args, world) if checkpoint is not None else 0
     folder = Path(args.output_dir) if args.output_dir else None
-    if folder and world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    records = utils.Records(args.output_dir, start_epoch, args.plain(), args.run_name, args.run_id, args.wandb_project) \
-        if world.is_main else None
+    records = None
+    if world.is_main:
+        resumed = checkpoints.find(args.resume, args.output_dir)
+        goes_on = checkpoint is not None and folder is not None and resumed.resolve().parent == folder.resolve()
+        records = utils.Records(folder, start_epoch if goes_on else 0, args.plain(), args.run_name, args.run_id, args.wandb_project)
     if start_epoch >= epochs:
         world.log(f"nothing to train: {start_epoch} of {epochs} epochs are done")
 
@@ -150,8 +150,9 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     if world.is_main:
         records.close()
     best = training.best
-    world.log(f"best top-1 {best['accuracy']:.2f} % ({best['weights'] or 'no'} weights, epoch {best['epoch'] + 1})")
-    if folder:
+    if best["weights"]:
+        world.log(f"best top-1 {best['accuracy']:.2f} % ({best['weights']} weights, epoch {best['epoch'] + 1})")
+    if folder and best["weights"]:
         world.log(f"checkpoint: {folder / checkpoints.BEST}\nlog: {folder / 'log.txt'}\ncurves: {folder / 'curves.png'}")
 
 

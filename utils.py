@@ -1,5 +1,6 @@
 """Distributed set-up, seeds, meters, and the records of a run (log.txt, speed.txt, curves.png, Weights & Biases)."""
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -14,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "speed.txt", "args.json", "curves.png")
 
 
 class UserError(Exception):
@@ -69,6 +73,13 @@ def init_world(device: str) -> World:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return World(rank, world_size, device)
+
+
+def default_amp(device: torch.device) -> str:
+    """bf16 on a GPU that computes in it, fp16 on an older one, off on the CPU."""
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def seed_everything(seed: int) -> None:
@@ -141,14 +152,16 @@ def sync_directory(folder: Path) -> None:
 class Records:
     """Files of a run in its output folder, written by rank 0 alone; with no folder, only what W&B gets.
 
+    `start_epoch` above 0 goes on with the run in the folder: what it logged from that epoch on is dropped and run again.
     log.txt: one JSON object an epoch, the same for two runs of the same seed; speed.txt: their times; args.json: arguments,
     command, versions; curves.png: loss and accuracy over the epochs.
     """
 
-    def __init__(self, folder: str, start_epoch: int, args: dict, run_name: str = "", run_id: str = "", project: str = "") -> None:
-        self.folder = Path(folder) if folder else None
+    def __init__(self, folder: Path | None, start_epoch: int, args: dict, run_name: str = "", run_id: str = "", project: str = "") -> None:
+        self.folder = folder
         self.entries, self.plotted = [], time.monotonic()
         if self.folder:
+            _prepare_folder(self.folder, fresh=start_epoch == 0)
             about = {"args": args, "command": sys.argv, "versions": versions()}
             write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
             self.entries = [e for e in _read_lines(self.folder / "log.txt") if e["epoch"] < start_epoch]
@@ -176,6 +189,26 @@ class Records:
         self.plot()
         if self.wandb:
             self.wandb.finish()
+
+
+def _prepare_folder(folder: Path, fresh: bool) -> None:
+    """Make the folder; a fresh run moves what an earlier one left there into a folder earlier-N, so that nothing is overwritten.
+
+    Raises: UserError if the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        left = [folder / name for name in RUN_FILES if (folder / name).exists()] if fresh else []
+        left += sorted(folder.glob("checkpoint-*.pth")) if fresh else []
+        if left:
+            aside = next(folder / f"earlier-{n}" for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
+            aside.mkdir()
+            for path in left:
+                path.rename(aside / path.name)
+            print(f"{folder} held an earlier run: moved to {aside} (to go on with a run: --resume auto)", flush=True)
+        write_atomically(folder / "args.json", lambda file: file.write(b"{}"))
+    except OSError as error:
+        raise UserError(f"cannot write into the output folder {folder}: {error.strerror}") from error
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -115,6 +115,19 @@ def test_eval_of_the_best_checkpoint_prints_the_training_s_figure(tmp_path, capf
     assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
 
 
+def test_an_earlier_run_in_the_folder_is_kept_aside(tmp_path, capfd):
+    for _ in range(3):
+        assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--save-every", "1", "--output-dir", tmp_path / "out") == 0
+    assert "held an earlier run: moved to" in capfd.readouterr().out
+    for folder in ("out", "out/earlier-1", "out/earlier-2"):
+        assert {"checkpoint.pth", "best_checkpoint.pth", "checkpoint-0001.pth", "log.txt", "curves.png"} <= set(os.listdir(tmp_path / folder))
+    assert call("--resume", tmp_path / "out" / "earlier-1" / "checkpoint.pth", "--epochs", "2", "--output-dir", tmp_path / "out", "--device", "cpu") == 0
+    assert (tmp_path / "out" / "earlier-3").is_dir() and [e["epoch"] for e in log(tmp_path / "out")] == [1]
+    (tmp_path / "file").touch()
+    assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path / "file") == 2
+    assert "cannot write into the output folder" in capfd.readouterr().err
+
+
 def test_nothing_is_saved_without_output_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(*SMALL, "--epochs", "1") == 0
