@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     run.forward.train(args.train_mode)
     run.criterion.train()
     device, steps = world.device, len(loader)
-    loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     first_bad = torch.full((), -1, dtype=torch.long, device=device)
     images_seen, logged, start = 0, (0, time.perf_counter()), time.perf_counter()
     title = f"epoch {epoch + 1}/{epochs}"
@@ -102,7 +103,8 @@ def _update(run: Training, args) -> None:
         run.scheduler.step_update(run.updates)  # acts only where the schedule counts updates
     if args.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
-        dispatch_clip_grad(run.model.parameters(), args.clip_grad, mode=args.clip_mode)
+        parameters = model_parameters(run.model, exclude_head=args.clip_mode == "agc")  # adaptive clipping leaves out the head
+        dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)

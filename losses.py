@@ -17,6 +17,7 @@ class DistillationLoss(nn.Module):
         kind: "soft" or "hard".
         alpha: weight of the teacher, 0..1.
         tau: temperature of the soft loss.
+    The released DeiT code divides the soft distance by the number of classes as well; this is the paper's.
     Source: Touvron et al. 2021 (arXiv:2012.12877), eq. 2 and 3.
     """
 

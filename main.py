@@ -16,7 +16,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +63,8 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
     else:
         torch.backends.cudnn.benchmark = True
     amp = args.amp or utils.default_amp(world.device)
+    if amp == "fp16" and world.device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     train_set, val_set, classes = build_datasets(args, world.rank, world.world_size)
     model = build_model(args, len(classes), weights_follow=checkpoint is not None).to(world.device)
     world.log(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.input_size} pixels, amp {amp}")
@@ -80,18 +82,25 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
 
 
 def build_model(args: Arguments, num_classes: int, weights_follow: bool = False) -> nn.Module:
-    options = dict(num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path, **args.model_kwargs)
-    if "vit" in args.model or "deit" in args.model or "kat_" in args.model:
-        options.setdefault("img_size", args.input_size)
-    if args.init or (weights_follow and "kat_" in args.model):
-        options["weight_init"] = "skip" if weights_follow else args.init
-    try:
-        model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+    """The model of the arguments; with `weights_follow` neither downloaded nor initialised at length."""
+    cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
+    own_size = cfg is not None and cfg.input_size[-1] == args.input_size
+    options = {"num_classes": num_classes, "drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None,
+               "img_size": None if own_size else args.input_size, "weight_init": args.init, **args.model_kwargs}
+    pretrained = args.pretrained and not weights_follow
+    if (weights_follow or pretrained) and "kat_" in args.model:
+        options["weight_init"] = "skip"
+    try:  # timm leaves out what is None
+        model = timm.create_model(args.model, pretrained=pretrained, **options)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
     except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError) as error:  # wrong options, or no network for the weights
-        raise UserError(f"cannot build {args.model}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"cannot build {args.model}: {first_line(error)}") from error
     return model
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def num_workers(args: Arguments, world: World) -> int:
@@ -104,8 +113,11 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: Devic
     if checkpoint is not None and checkpoint.get("model_ema") is not None:
         models["EMA"] = copy.deepcopy(model)
         checkpoints.load_weights(models["EMA"], checkpoint["model_ema"], "the EMA of the checkpoint")
-        chosen = checkpoint["best"]["weights"] or "raw"
     results = evaluate(models, loader, amp, world)
+    if "EMA" in results:
+        best = checkpoint.get("best", {})  # of this checkpoint's epoch, else the higher of the two
+        is_best = best.get("epoch") == checkpoint.get("epoch") and best.get("weights")
+        chosen = best["weights"] if is_best else max(results, key=lambda weights: results[weights]["acc1"])
     for weights, result in results.items():
         world.log(f"{weights} weights: " + format_result(result))
     world.log(f"top-1 {results[chosen]['acc1']:.2f} % ({chosen} weights)")
@@ -121,22 +133,43 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     batch_size = fitting_batch_size(len(sampler), args, world)
     loader = build_loader(train_set, args, world.device, num_workers(args, world), is_train=True, sampler=sampler, batch_size=batch_size)
     training, epochs = build_training(model, len(loader), batch_size, len(classes), amp, args, world)
-    start_epoch = restore(training, checkpoint, args, world) if checkpoint is not None else 0
     folder = Path(args.output_dir) if args.output_dir else None
+    start_epoch, goes_on = 0, False
+    if checkpoint is not None:
+        start_epoch = restore(training, checkpoint, args, world)
+        checkpoint.clear()  # its memory
+        goes_on = folder is not None and checkpoints.find(args.resume, args.output_dir).resolve().parent == folder.resolve()
+        if folder is None:
+            world.log("note: without --output-dir nothing of this run is saved")
     records = None
     if world.is_main:
-        resumed = checkpoints.find(args.resume, args.output_dir)
-        goes_on = checkpoint is not None and folder is not None and resumed.resolve().parent == folder.resolve()
         records = utils.Records(folder, start_epoch if goes_on else 0, args.plain(), args.run_name, args.run_id, args.wandb_project)
     if start_epoch >= epochs:
         world.log(f"nothing to train: {start_epoch} of {epochs} epochs are done")
 
-    for epoch in range(start_epoch, epochs):
+    try:
+        run_epochs(training, range(start_epoch, epochs), loader, sampler, val_loader, records, folder, classes, args, world)
+    finally:
+        if records:
+            records.close()
+    best = training.best
+    if best["weights"]:
+        world.log(f"best top-1 {best['accuracy']:.2f} % ({best['weights']} weights, epoch {best['epoch'] + 1})")
+    if folder and best["weights"]:
+        world.log(f"checkpoint: {folder / checkpoints.BEST}\nlog: {folder / 'log.txt'}\ncurves: {folder / 'curves.png'}")
+
+
+def run_epochs(training: Training, epochs: range, loader: DeviceLoader, sampler, val_loader: DeviceLoader, records: utils.Records | None,
+               folder: Path | None, classes: list[str], args: Arguments, world: World) -> None:
+    for epoch in epochs:
         sampler.set_epoch(epoch)
-        entry, speed = train_one_epoch(training, loader, epoch, epochs, args, world)
+        entry, speed = train_one_epoch(training, loader, epoch, epochs.stop, args, world)
         entry = {"epoch": epoch, **entry}
         is_best = False
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs.stop:
+            if world.world_size > 1:  # batch-norm statistics are of each process: evaluate and save their mean
+                for averaged in (training.model, training.ema.module if training.ema else nn.Identity()):
+                    distribute_bn(averaged, world.world_size, reduce=True)
             is_best = evaluate_epoch(training, val_loader, epoch, entry, world)
         if training.scheduler is not None:  # the rate of the next epoch
             training.scheduler.step(epoch + 1, entry.get("test_acc1"))
@@ -147,13 +180,6 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
                 keep_as = f"checkpoint-{epoch + 1:04d}.pth" if args.save_every and (epoch + 1) % args.save_every == 0 else None
                 checkpoints.save(folder, state_of(training, epoch, rng, classes, args), is_best, keep_as)
                 records.plot(at_most_every=30)
-    if world.is_main:
-        records.close()
-    best = training.best
-    if best["weights"]:
-        world.log(f"best top-1 {best['accuracy']:.2f} % ({best['weights']} weights, epoch {best['epoch'] + 1})")
-    if folder and best["weights"]:
-        world.log(f"checkpoint: {folder / checkpoints.BEST}\nlog: {folder / 'log.txt'}\ncurves: {folder / 'curves.png'}")
 
 
 def fitting_batch_size(images: int, args: Arguments, world: World) -> int:
@@ -182,23 +208,23 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     try:
         optimizer = create_optimizer_v2(parameter_groups(model, args), opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum,
                                         **fused, **{k: v for k, v in (("eps", args.opt_eps), ("betas", args.opt_betas)) if v is not None})
-    except TypeError as error:
-        raise UserError(f"--opt {args.opt}: {error}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
+        raise UserError(f"--opt {args.opt} cannot be used: {first_line(error)}") from error
     updates_per_epoch = -(-steps // args.grad_accum_steps)
     scheduler, epochs = None, args.epochs
     if args.sched != "none" and args.epochs:
-        noise = args.lr_noise and [share * args.epochs for share in args.lr_noise]
         scheduler, epochs = create_scheduler_v2(
             optimizer, args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_milestones=args.decay_milestones,
             cooldown_epochs=args.cooldown_epochs, patience_epochs=args.patience_epochs, decay_rate=args.decay_rate, min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=noise, noise_pct=args.lr_noise_pct,
+            warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=args.lr_noise, noise_pct=args.lr_noise_pct,
             noise_std=args.lr_noise_std, noise_seed=args.seed, step_on_epochs=not args.sched_on_updates,
             updates_per_epoch=updates_per_epoch)
-        scheduler.step(0)
+        if args.sched != "plateau" or args.warmup_epochs:  # timm's plateau would start at --warmup-lr and stay there
+            scheduler.step(0)
     mixup = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                      label_smoothing=args.smoothing, num_classes=num_classes)
+                      label_smoothing=0.0 if args.bce_loss else args.smoothing, num_classes=num_classes)
     ema = None
     if args.model_ema:
         fixed = args.model_ema_decay is not None
@@ -241,16 +267,17 @@ def evaluate_epoch(training: Training, loader: DeviceLoader, epoch: int, entry: 
     if training.ema is not None:
         on_device = next(training.ema.module.parameters()).device == world.device
         models["EMA"] = training.ema.module if on_device else copy.deepcopy(training.ema.module).to(world.device)
-    before = training.best
+    winner, best = None, training.best
     for weights, result in evaluate(models, loader, training.amp, world).items():
         world.log(f"epoch {epoch + 1}  {weights} weights: " + format_result(result))
         prefix = "test_ema" if weights == "EMA" else "test"
         entry |= {f"{prefix}_{k}": result[k] for k in ("loss", "acc1", "acc5")}
-        if result["acc1"] >= training.best["accuracy"] and (weights == "EMA" or result["acc1"] > training.best["accuracy"]):
-            training.best = {"accuracy": result["acc1"], "weights": weights, "epoch": epoch}
-    best = training.best
+        if winner is None or result["acc1"] >= winner["accuracy"]:
+            winner = {"accuracy": result["acc1"], "weights": weights, "epoch": epoch}
+    if winner["accuracy"] > best["accuracy"]:
+        training.best = best = winner
     entry |= {"max_accuracy": best["accuracy"], "max_accuracy_weights": best["weights"], "max_accuracy_epoch": best["epoch"]}
-    return training.best is not before
+    return best is winner
 
 
 def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: Arguments) -> dict:
@@ -266,16 +293,19 @@ def restore(training: Training, checkpoint: dict, args: Arguments, world: World)
     missing = [k for k in ("optimizer", "epoch", "rng", "updates", "best") if k not in checkpoint]
     if missing:
         raise checkpoints.CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing)")
+    wanted = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in training.optimizer.param_groups]
     try:
         training.optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError as error:
         raise checkpoints.CheckpointError(f"the optimizer in {args.resume} is not --opt {args.opt} on this model: {error}") from error
+    for group, own in zip(training.optimizer.param_groups, wanted):  # what this command line says, not what the file did
+        group.update(own)
     if checkpoint["scaler"]:
         training.scaler.load_state_dict(checkpoint["scaler"])
     training.updates, training.best, start = checkpoint["updates"], checkpoint["best"], checkpoint["epoch"] + 1
     if training.ema is not None:
         checkpoints.load_weights(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
-    if checkpoint["schedule"]:
+    if checkpoint["schedule"] and hasattr(training.scheduler, "lr_scheduler"):
         training.scheduler.lr_scheduler.load_state_dict(checkpoint["schedule"])
     elif training.scheduler is not None:
         training.scheduler.step(start)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class World:
             print(*message, flush=True)
 
     def all_sum(self, *values: float) -> list[float]:
-        """Element-wise sums over all processes, in float64 where the device has it."""
+        """Element-wise sums over all processes, in float64."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(totals)
@@ -67,7 +68,10 @@ def init_world(device: str) -> World:
             raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
                             "lower --nproc_per_node or pass --device cpu")
         device = f"cuda:{local_rank}"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is no device: cuda, cuda:N or cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
@@ -112,6 +116,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+@lru_cache(maxsize=None)
 def versions() -> dict[str, str]:
     """What a result depends on: packages, GPU, commit of this repository."""
     import timm
@@ -177,8 +182,7 @@ class Records:
             for name, values in (("log.txt", entry), ("speed.txt", {"epoch": entry["epoch"], **speed})):
                 with open(self.folder / name, "a") as file:
                     file.write(json.dumps(values) + "\n")
-        if self.wandb:
-            self.wandb.log({**entry, **speed}, step=entry["epoch"])
+        self._tell_wandb("log", {**entry, **speed}, step=entry["epoch"])
 
     def plot(self, at_most_every: float = 0.0) -> None:
         if self.folder and self.entries and time.monotonic() - self.plotted >= at_most_every:
@@ -187,8 +191,15 @@ class Records:
 
     def close(self) -> None:
         self.plot()
+        self._tell_wandb("finish")
+
+    def _tell_wandb(self, method: str, *args, **kwargs) -> None:
         if self.wandb:
-            self.wandb.finish()
+            try:
+                getattr(self.wandb, method)(*args, **kwargs)
+            except Exception as error:  # whatever goes wrong there, training goes on
+                print(f"Weights & Biases {method} failed ({type(error).__name__}: {error}); going on without it.", flush=True)
+                self.wandb = None
 
 
 def _prepare_folder(folder: Path, fresh: bool) -> None:

@@ -78,7 +78,8 @@ def _forward(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], coefficients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dF/dx * grad like x, and the sums over all but the channels of dF/da_i * grad and dF/d|b_j| * grad, (C, m + 1) and (C, n)."""
     ax = x.abs()
-    s = _horner([j * c for j, c in enumerate(b, 1)], ax).copysign_(x)
+    s = _horner([j * c for j, c in enumerate(b, 1)], ax)
+    s = torch.where(x < 0, -s, s)  # copysign would take -0.0 for negative
     q = _horner([torch.ones_like(b[0]), *b], ax)
     y = _horner(a, x).div_(q)
     t = grad / q

@@ -14,6 +14,7 @@ import torch
 
 import main
 from arguments import get_args_parser, parse
+from engine import _binary_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = ["--model", "kat_micro_patch8_32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2", "--input-size", "32", "--device", "cpu",
@@ -146,6 +147,65 @@ def test_options_train_and_resume(tmp_path, flags):
     assert len(entries) == 2 and all(e["train_loss"] == e["train_loss"] for e in entries)
 
 
+def built(monkeypatch, *flags):
+    """The Training that main builds for these flags, and the rates of its epochs."""
+    seen = []
+
+    def stop(training, *rest):
+        seen.append(training)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "train_one_epoch", stop)
+    assert call(*SMALL, "--train-subset", "64", *flags) == 130
+    return seen[0]
+
+
+def test_bce_targets_under_mixup_name_two_classes_at_most(monkeypatch):
+    training = built(monkeypatch, "--bce-loss", "--epochs", "1")
+    _, targets = training.mixup(torch.randn(8, 3, 32, 32), torch.arange(8))
+    assert 1 <= _binary_targets(targets, 10).sum(1).max() <= 2
+
+
+def test_lr_noise_covers_its_share_of_the_epochs(monkeypatch):
+    training = built(monkeypatch, "--lr-noise", "0.1", "0.9", "--epochs", "10")
+    assert training.scheduler.noise_range_t == [1, 9]
+
+
+def test_plateau_without_warm_up_starts_at_the_base_rate(monkeypatch):
+    training = built(monkeypatch, "--sched", "plateau", "--warmup-epochs", "0", "--lr", "1e-3", "--unscale-lr", "--epochs", "3")
+    assert training.optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_explicit_settings_win_on_resume(tmp_path, monkeypatch):
+    assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--sched", "plateau", "--output-dir", tmp_path) == 0
+    training = built(monkeypatch, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.9",
+                     "0.95", "--sched", "cosine", "--output-dir", str(tmp_path / "out"))
+    assert {g["weight_decay"] for g in training.optimizer.param_groups} == {0.0, 0.3}
+    assert training.optimizer.param_groups[0]["betas"] == [0.9, 0.95] and training.optimizer.state
+
+
+def test_a_run_from_pretrained_weights_resumes():
+    args, _ = parse(["--resume", "x", "--output-dir", "y"], lambda a: {"args": {"pretrained": True, "compile": True, "epochs": 7}})
+    assert (args.pretrained, args.compile, args.epochs) == (False, True, 7)
+    args, _ = parse(["--resume", "x", "--eval", "--batch-size", "25"], lambda a: {"args": {"compile": True, "epochs": 7}})
+    assert (args.compile, args.epochs) == (False, 7)
+
+
+def test_evaluation_needs_no_more_than_weights(tmp_path, capfd):
+    assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    torch.save({k: state[k] for k in ("model", "model_ema")}, tmp_path / "weights.pth")
+    assert call(*SMALL, "--eval", "--resume", tmp_path / "weights.pth") == 0
+    assert call(*SMALL, "--resume", tmp_path / "weights.pth") == 2
+    assert "holds weights but no training to resume" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "vgg11"])
+def test_other_timm_models_train(model):
+    assert call(*[f for f in SMALL if "=" not in f and f != "--model-kwargs"], "--model", model, "--train-subset", "8", "--batch-size", "4",
+                "--val-subset", "4", "--epochs", "1", "--drop-path", "0", "--no-model-ema") == 0
+
+
 def test_distillation_with_and_without_a_token(tmp_path):
     teacher = ["--teacher-model", "kat_micro_patch8_32", "--teacher-path", tmp_path / "teacher" / "checkpoint.pth"]
     plain = [f for f in SMALL if f not in ("depth=2", "embed_dim=32", "num_heads=2", "--model-kwargs")]
@@ -195,6 +255,7 @@ def test_fewer_images_than_processes(tmp_path):
     (["--batch-size", "3"], "even --batch-size"), (["--distillation-type", "soft"], "needs --teacher-path"),
     (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"), (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
+    (["--device", "gpu"], "no device"), (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
     (["--resume", "missing.pth"], "there is no checkpoint missing.pth"), (["--model-kwargs", "widht=3", "--device", "cpu"], "cannot build .*widht"),
     (["--data-set", "IMNET", "--data-path", "/nonexistent"], "/nonexistent"), (["--resume", __file__], "not a checkpoint")])
 def test_wrong_flags_get_a_sentence_and_exit_2(flags, sentence, capfd):

@@ -87,9 +87,10 @@ def test_odd_powers_for_negative_x_and_gradient_at_zero_denominator():
     zero = torch.zeros(1, 4, requires_grad=True)
     rational(torch.randn(64, 1), torch.tensor([[0., 1, 0, 0, 0, 0]]), zero).square().sum().backward()
     assert (zero.grad.abs() > 0).all()
-    at_zero = torch.zeros(1, 1, requires_grad=True)  # R/Q - S P/Q^2 with S = +|b_1|: 2 - 4 * 3
-    rational(at_zero, torch.tensor([[3., 2.]]), torch.tensor([[-4.]])).backward()
-    assert at_zero.grad.item() == -10
+    for zero in (0.0, -0.0):
+        at_zero = torch.full((1, 1), zero, requires_grad=True)  # R/Q - S P/Q^2 with S = +|b_1|: 2 - 4 * 3
+        rational(at_zero, torch.tensor([[3., 2.]]), torch.tensor([[-4.]])).backward()
+        assert at_zero.grad.item() == -10
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
