@@ -1,6 +1,7 @@
 """The command line of main.py: groups, defaults, and what does not go together."""
 import argparse
 import difflib
+import os
 import sys
 
 import timm
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split():
-            if word.startswith("--") and word not in known:
+            if message.startswith("unrecognized") and word.startswith("--"):
                 near = difflib.get_close_matches(word.split("=")[0], known, n=3)
                 message += f" (did you mean {', '.join(near)}?)" if near else ""
                 break
@@ -64,7 +65,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, "", {}) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False or action.default in ("", {}) else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
         return action.type.__name__.upper() if action.type else "NAME"
@@ -203,13 +204,19 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     Raises: UserError, one sentence, for flags that contradict each other.
     """
     parser = get_args_parser()
-    checkpoint = load(parser.parse_args(argv, Arguments()))
+    try:
+        first = parser.parse_args(argv, Arguments())
+    except ValueError as error:  # of timm's KEY=VALUE parser
+        raise UserError("--model-kwargs takes KEY=VALUE pairs, such as depth=6") from error
+    checkpoint = load(first)
+    if first.eval and first.resume == "auto" and checkpoint is None:
+        raise UserError(f"--resume auto finds no checkpoint in {first.output_dir or 'an empty --output-dir'}")
     if checkpoint is not None:
-        evaluates = parser.parse_args(argv, Arguments()).eval
-        known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if evaluates else set())
+        known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if first.eval else set())
         parser.set_defaults(**{k: v for k, v in checkpoint.get("args", {}).items() if k in known})
     args = parser.parse_args(argv, Arguments())
     _check(args)
+    args.data_path = os.path.abspath(args.data_path)  # a checkpoint is evaluated from any folder
     return args.freeze(), checkpoint
 
 
@@ -227,11 +234,20 @@ def _check(a: Arguments) -> None:
         (a.sched == "plateau" and a.eval_every != 1, "--sched plateau needs an evaluation every epoch: drop --eval-every"),
         (a.init and "kat_" not in a.model, f"--init is for KAT models, not {a.model}"),
         (_mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
-        (not 0 <= a.smoothing < 1, f"--smoothing must be in [0, 1), not {a.smoothing}"),
+        (a.opt == "adahessian" and "kat_" in a.model, "--opt adahessian needs second derivatives, which the rational functions do not have"),
+        (min(a.std) <= 0, f"--std must be positive, not {a.std}"),
     ]
     faults += [(getattr(a, name) < least, f"--{name.replace('_', '-')} must be at least {least}, not {getattr(a, name)}")
                for name, least in (("batch_size", 1), ("grad_accum_steps", 1), ("epochs", 0), ("input_size", 1), ("print_freq", 1),
                                    ("eval_every", 1), ("save_every", 0), ("seed", 0))]
+    faults += [(a.seed >= 2**32, f"--seed must be below 2^32, not {a.seed}")]
+    shares = ("drop", "drop_path", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "model_ema_decay",
+              "distillation_alpha", "eval_crop_ratio")
+    positive = ("lr", "weight_decay", "clip_grad", "mixup", "cutmix", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs",
+                "patience_epochs", "num_workers")
+    for names, high in ((shares, 1), (positive, float("inf"))):
+        faults += [(not 0 <= value <= high, f"--{name.replace('_', '-')} must be between 0 and {high:g}, not {value}")
+                   for name in names if (value := getattr(a, name)) is not None]
     if a.opt.removeprefix("lookahead_") not in list_optimizers():
         faults.append((True, _unknown("optimizer", a.opt, list_optimizers())))
     for flag, name in (("model", a.model), ("teacher model", a.teacher_model)):

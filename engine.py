@@ -83,13 +83,13 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
             rate = (images_seen - logged[0]) * world.world_size / (now - logged[1])
             logged = images_seen, now
             message = f"loss {loss_sum.item() / images_seen:.4f}  lr {run.optimizer.param_groups[0]['lr']:.2e}  {rate:.0f} images/s"
-            if bar:
+            if bar and step + 1 < steps:
                 bar.update(step + 1 - bar.n)
                 bar.set_postfix_str(message)
-            else:
-                world.log(f"{title}  step {step + 1}/{steps}  {message}")
-    if bar:
-        bar.close()
+                continue
+            if bar:
+                bar.close()
+            world.log(f"{title}  step {step + 1}/{steps}  {message}")
     total, count = world.all_sum(loss_sum.item(), images_seen)
     seconds = time.perf_counter() - start
     speed = {"train_seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}

@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> int:
         run(args, checkpoint, utils.init_world(args.device))
         return 0
     except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except NonFiniteLoss as error:
         rank = os.environ.get("RANK", "0")
-        print(f"stopped (process {rank}): {error}; the checkpoint of the last good epoch is untouched", file=sys.stderr, flush=True)
+        sys.stderr.write(f"stopped (process {rank}): {error}; the checkpoint of the last good epoch is untouched\n")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; --resume auto goes on from the last finished epoch", file=sys.stderr, flush=True)
+        sys.stderr.write("interrupted; --resume auto goes on from the last finished epoch\n")
         return 130
     finally:
         if dist.is_initialized():
@@ -84,9 +84,9 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
 def build_model(args: Arguments, num_classes: int, weights_follow: bool = False) -> nn.Module:
     """The model of the arguments; with `weights_follow` neither downloaded nor initialised at length."""
     cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
-    own_size = cfg is not None and cfg.input_size[-1] == args.input_size
+    any_size = cfg is not None and (not cfg.fixed_input_size or cfg.input_size[-1] == args.input_size)
     options = {"num_classes": num_classes, "drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None,
-               "img_size": None if own_size else args.input_size, "weight_init": args.init, **args.model_kwargs}
+               "img_size": None if any_size else args.input_size, "weight_init": args.init, **args.model_kwargs}
     pretrained = args.pretrained and not weights_follow
     if (weights_follow or pretrained) and "kat_" in args.model:
         options["weight_init"] = "skip"
@@ -94,7 +94,9 @@ def build_model(args: Arguments, num_classes: int, weights_follow: bool = False)
         model = timm.create_model(args.model, pretrained=pretrained, **options)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError) as error:  # wrong options, or no network for the weights
+        with torch.no_grad():  # a size that does not fit shows here, not after the data are loaded
+            model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError, ArithmeticError, IndexError) as error:
         raise UserError(f"cannot build {args.model}: {first_line(error)}") from error
     return model
 
@@ -141,9 +143,14 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
         goes_on = folder is not None and checkpoints.find(args.resume, args.output_dir).resolve().parent == folder.resolve()
         if folder is None:
             world.log("note: without --output-dir nothing of this run is saved")
-    records = None
+    records = fault = None
     if world.is_main:
-        records = utils.Records(folder, start_epoch if goes_on else 0, args.plain(), args.run_name, args.run_id, args.wandb_project)
+        try:
+            records = utils.Records(folder, start_epoch if goes_on else 0, args.plain(), args.run_name, args.run_id, args.wandb_project)
+        except UserError as error:
+            fault = str(error)
+    if fault := world.gather(fault)[0]:
+        raise UserError(fault)
     if start_epoch >= epochs:
         world.log(f"nothing to train: {start_epoch} of {epochs} epochs are done")
 
@@ -155,7 +162,7 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     best = training.best
     if best["weights"]:
         world.log(f"best top-1 {best['accuracy']:.2f} % ({best['weights']} weights, epoch {best['epoch'] + 1})")
-    if folder and best["weights"]:
+    if folder and (folder / checkpoints.BEST).exists():
         world.log(f"checkpoint: {folder / checkpoints.BEST}\nlog: {folder / 'log.txt'}\ncurves: {folder / 'curves.png'}")
 
 
@@ -208,10 +215,12 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     try:
         optimizer = create_optimizer_v2(parameter_groups(model, args), opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum,
                                         **fused, **{k: v for k, v in (("eps", args.opt_eps), ("betas", args.opt_betas)) if v is not None})
-    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError, IndexError) as error:
         raise UserError(f"--opt {args.opt} cannot be used: {first_line(error)}") from error
     updates_per_epoch = -(-steps // args.grad_accum_steps)
     scheduler, epochs = None, args.epochs
+    if args.warmup_epochs >= args.epochs > 0 and args.sched != "none":
+        world.log(f"note: the warm-up of {args.warmup_epochs:g} epochs takes all {args.epochs} epochs (--warmup-epochs)")
     if args.sched != "none" and args.epochs:
         scheduler, epochs = create_scheduler_v2(
             optimizer, args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_milestones=args.decay_milestones,
@@ -290,10 +299,12 @@ def state_of(training: Training, epoch: int, rng: list, classes: list[str], args
 
 def restore(training: Training, checkpoint: dict, args: Arguments, world: World) -> int:
     """Put a training back where the checkpoint left it (the model's weights are loaded already); the epoch to go on with."""
+    if checkpoint.get("args", {}).get("opt", args.opt) != args.opt:
+        raise checkpoints.CheckpointError(f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}")
     missing = [k for k in ("optimizer", "epoch", "rng", "updates", "best") if k not in checkpoint]
     if missing:
         raise checkpoints.CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing)")
-    wanted = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in training.optimizer.param_groups]
+    wanted = [{k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")} for group in training.optimizer.param_groups]
     try:
         training.optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError as error:

@@ -39,7 +39,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
     Raises: TypeError if a tensor is not floating point; ValueError if shapes or devices do not fit together.
     """
     _check(x, numerator, denominator, channel_dim)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Rational.apply(x, numerator, denominator, channel_dim % x.ndim)
 

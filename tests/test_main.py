@@ -178,10 +178,11 @@ def test_plateau_without_warm_up_starts_at_the_base_rate(monkeypatch):
 
 def test_explicit_settings_win_on_resume(tmp_path, monkeypatch):
     assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--sched", "plateau", "--output-dir", tmp_path) == 0
+    assert call("--resume", tmp_path / "checkpoint.pth", "--opt", "sgd", "--epochs", "2") == 2
     training = built(monkeypatch, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.9",
                      "0.95", "--sched", "cosine", "--output-dir", str(tmp_path / "out"))
     assert {g["weight_decay"] for g in training.optimizer.param_groups} == {0.0, 0.3}
-    assert training.optimizer.param_groups[0]["betas"] == [0.9, 0.95] and training.optimizer.state
+    assert training.optimizer.param_groups[0]["betas"] == (0.9, 0.95) and training.optimizer.state
 
 
 def test_a_run_from_pretrained_weights_resumes():
@@ -256,6 +257,9 @@ def test_fewer_images_than_processes(tmp_path):
     (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"), (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
     (["--device", "gpu"], "no device"), (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
+    (["--model-kwargs", "depth", "--device", "cpu"], "KEY=VALUE"), (["--model-kwargs", "num_heads=0"], "cannot build"), (["--lr", "nan"], "--lr must be"),
+    (["--model", "kat_micro_patch8_32", "--input-size", "1"], "cannot build"), (["--drop-path", "2"], "between 0 and 1"), (["--std", "0", "0", "0"], "--std"),
+    (["--eval", "--resume", "auto", "--output-dir", "/nonexistent"], "finds no checkpoint"), (["--opt-betas", "0.9", "--epochs", "1", *SMALL[2:]], "--opt adamw"),
     (["--resume", "missing.pth"], "there is no checkpoint missing.pth"), (["--model-kwargs", "widht=3", "--device", "cpu"], "cannot build .*widht"),
     (["--data-set", "IMNET", "--data-path", "/nonexistent"], "/nonexistent"), (["--resume", __file__], "not a checkpoint")])
 def test_wrong_flags_get_a_sentence_and_exit_2(flags, sentence, capfd):

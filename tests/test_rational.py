@@ -214,3 +214,7 @@ def test_on_cuda(dtype, tolerance):
     got = results(rational, *(t.detach().cuda().requires_grad_() for t in (x, a, b)), grad.cuda())
     assert_same([g.cpu() for g in got], want, tolerance)
     assert got[0].dtype is dtype
+
+
+def test_shapes_on_the_meta_device():
+    assert GroupRational(device="meta")(torch.empty(2, 3, 16, device="meta")).shape == (2, 3, 16)
