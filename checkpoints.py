@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import UserError, sync_directory, write_atomically
+import utils
+from arguments import Arguments
+from engine import Training
+from utils import UserError, World, sync_directory, write_atomically
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 
@@ -88,3 +91,44 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(faults[:3])}{more}")
     model.load_state_dict(weights)
+
+
+def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: Arguments) -> dict:
+    plateau = getattr(training.scheduler, "lr_scheduler", None)
+    return {"model": training.model.state_dict(), "model_ema": training.ema.module.state_dict() if training.ema else None,
+            "optimizer": training.optimizer.state_dict(), "schedule": plateau.state_dict() if plateau else {},
+            "scaler": training.scaler.state_dict(), "epoch": epoch, "updates": training.updates, "best": training.best, "rng": rng,
+            "args": args.plain(), "versions": utils.versions(), "classes": classes}
+
+
+def restore(training: Training, checkpoint: dict, args: Arguments, world: World) -> int:
+    """Put a training back where the checkpoint left it (the model's weights are loaded already); the epoch to go on with."""
+    if checkpoint.get("args", {}).get("opt", args.opt) != args.opt:
+        raise CheckpointError(f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}")
+    missing = [k for k in ("optimizer", "epoch", "rng", "updates", "best") if k not in checkpoint]
+    if missing:
+        raise CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing)")
+    wanted = [{k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")} for group in training.optimizer.param_groups]
+    try:
+        training.optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError as error:
+        raise CheckpointError(f"the optimizer in {args.resume} is not --opt {args.opt} on this model: {error}") from error
+    for group, own in zip(training.optimizer.param_groups, wanted):  # what this command line says, not what the file did
+        group.update(own)
+    if checkpoint["scaler"]:
+        training.scaler.load_state_dict(checkpoint["scaler"])
+    training.updates, training.best, start = checkpoint["updates"], checkpoint["best"], checkpoint["epoch"] + 1
+    if training.ema is not None:
+        load_weights(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
+    if checkpoint["schedule"] and hasattr(training.scheduler, "lr_scheduler"):
+        training.scheduler.lr_scheduler.load_state_dict(checkpoint["schedule"])
+    elif training.scheduler is not None:
+        training.scheduler.step(start)
+        training.scheduler.step_update(training.updates)
+    if len(checkpoint["rng"]) == world.world_size:
+        utils.set_rng_state(checkpoint["rng"][world.rank], world.device)
+    else:
+        utils.seed_everything(args.seed + world.rank + 1000 * start)
+        world.log(f"note: the checkpoint is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}: random states start anew")
+    world.log(f"resumed after epoch {start} from {args.resume}")
+    return start

@@ -138,7 +138,7 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     folder = Path(args.output_dir) if args.output_dir else None
     start_epoch, goes_on = 0, False
     if checkpoint is not None:
-        start_epoch = restore(training, checkpoint, args, world)
+        start_epoch = checkpoints.restore(training, checkpoint, args, world)
         checkpoint.clear()  # its memory
         goes_on = folder is not None and checkpoints.find(args.resume, args.output_dir).resolve().parent == folder.resolve()
         if folder is None:
@@ -185,7 +185,7 @@ def run_epochs(training: Training, epochs: range, loader: DeviceLoader, sampler,
             records.add(entry, speed)
             if folder:
                 keep_as = f"checkpoint-{epoch + 1:04d}.pth" if args.save_every and (epoch + 1) % args.save_every == 0 else None
-                checkpoints.save(folder, state_of(training, epoch, rng, classes, args), is_best, keep_as)
+                checkpoints.save(folder, checkpoints.state_of(training, epoch, rng, classes, args), is_best, keep_as)
                 records.plot(at_most_every=30)
 
 
@@ -287,47 +287,6 @@ def evaluate_epoch(training: Training, loader: DeviceLoader, epoch: int, entry: 
         training.best = best = winner
     entry |= {"max_accuracy": best["accuracy"], "max_accuracy_weights": best["weights"], "max_accuracy_epoch": best["epoch"]}
     return best is winner
-
-
-def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: Arguments) -> dict:
-    plateau = getattr(training.scheduler, "lr_scheduler", None)
-    return {"model": training.model.state_dict(), "model_ema": training.ema.module.state_dict() if training.ema else None,
-            "optimizer": training.optimizer.state_dict(), "schedule": plateau.state_dict() if plateau else {},
-            "scaler": training.scaler.state_dict(), "epoch": epoch, "updates": training.updates, "best": training.best, "rng": rng,
-            "args": args.plain(), "versions": utils.versions(), "classes": classes}
-
-
-def restore(training: Training, checkpoint: dict, args: Arguments, world: World) -> int:
-    """Put a training back where the checkpoint left it (the model's weights are loaded already); the epoch to go on with."""
-    if checkpoint.get("args", {}).get("opt", args.opt) != args.opt:
-        raise checkpoints.CheckpointError(f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}")
-    missing = [k for k in ("optimizer", "epoch", "rng", "updates", "best") if k not in checkpoint]
-    if missing:
-        raise checkpoints.CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing)")
-    wanted = [{k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")} for group in training.optimizer.param_groups]
-    try:
-        training.optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError as error:
-        raise checkpoints.CheckpointError(f"the optimizer in {args.resume} is not --opt {args.opt} on this model: {error}") from error
-    for group, own in zip(training.optimizer.param_groups, wanted):  # what this command line says, not what the file did
-        group.update(own)
-    if checkpoint["scaler"]:
-        training.scaler.load_state_dict(checkpoint["scaler"])
-    training.updates, training.best, start = checkpoint["updates"], checkpoint["best"], checkpoint["epoch"] + 1
-    if training.ema is not None:
-        checkpoints.load_weights(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
-    if checkpoint["schedule"] and hasattr(training.scheduler, "lr_scheduler"):
-        training.scheduler.lr_scheduler.load_state_dict(checkpoint["schedule"])
-    elif training.scheduler is not None:
-        training.scheduler.step(start)
-        training.scheduler.step_update(training.updates)
-    if len(checkpoint["rng"]) == world.world_size:
-        utils.set_rng_state(checkpoint["rng"][world.rank], world.device)
-    else:
-        utils.seed_everything(args.seed + world.rank + 1000 * start)
-        world.log(f"note: the checkpoint is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}: random states start anew")
-    world.log(f"resumed after epoch {start} from {args.resume}")
-    return start
 
 
 if __name__ == "__main__":
