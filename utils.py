@@ -174,7 +174,9 @@ class Records:
             for name, entries in (("log.txt", self.entries), ("speed.txt", speed)):  # what came after the checkpoint is run again
                 lines = "".join(json.dumps(e) + "\n" for e in entries)
                 write_atomically(self.folder / name, lambda f: f.write(lines.encode()))
+        state = random.getstate()  # which W&B may draw from
         self.wandb = start_wandb(run_name, run_id, project, args, self.folder) if run_name else None
+        random.setstate(state)
 
     def add(self, entry: dict, speed: dict) -> None:
         self.entries.append(entry)
