@@ -233,7 +233,7 @@ def _check(a: Arguments) -> None:
         (a.sched == "plateau" and a.sched_on_updates, "--sched plateau steps on epochs: drop --sched-on-updates"),
         (a.sched == "plateau" and a.eval_every != 1, "--sched plateau needs an evaluation every epoch: drop --eval-every"),
         (a.init and "kat_" not in a.model, f"--init is for KAT models, not {a.model}"),
-        (_mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
+        (mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
         (a.opt == "adahessian" and "kat_" in a.model, "--opt adahessian needs second derivatives, which the rational functions do not have"),
         (min(a.std) <= 0, f"--std must be positive, not {a.std}"),
     ]
@@ -258,7 +258,8 @@ def _check(a: Arguments) -> None:
             raise UserError(sentence)
 
 
-def _mixing(a: Arguments) -> bool:
+def mixing(a: Arguments) -> bool:
+    """Whether batches are mixed, by mixup or cutmix."""
     return a.mixup > 0 or a.cutmix > 0 or a.cutmix_minmax is not None
 
 

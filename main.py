@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
 import utils
-from arguments import Arguments, parse
+from arguments import Arguments, mixing, parse
 from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from losses import DistillationLoss
@@ -191,13 +191,12 @@ def run_epochs(training: Training, epochs: range, loader: DeviceLoader, sampler,
 
 def fitting_batch_size(images: int, args: Arguments, world: World) -> int:
     """--batch-size, or less where a process has fewer images than that; even where batches are mixed in pairs."""
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     batch_size = min(args.batch_size, images)
-    if mixing and batch_size < args.batch_size:
+    if mixing(args) and batch_size < args.batch_size:
         batch_size -= batch_size % 2
     if batch_size == 0:
         raise UserError(f"{images} training image(s) for each of {world.world_size} process(es) are too few"
-                        + (" for mixup and cutmix, which need pairs: pass --mixup 0 --cutmix 0" if mixing and images else ""))
+                        + (" for mixup and cutmix, which need pairs: pass --mixup 0 --cutmix 0" if mixing(args) and images else ""))
     if batch_size < args.batch_size:
         world.log(f"only {images} training images for each process: batch size {batch_size} instead of {args.batch_size}")
     return batch_size
@@ -231,7 +230,7 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
         if args.sched != "plateau" or args.warmup_epochs:  # timm's plateau would start at --warmup-lr and stay there
             scheduler.step(0)
     mixup = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+    if mixing(args):
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                       label_smoothing=0.0 if args.bce_loss else args.smoothing, num_classes=num_classes)
     ema = None
@@ -242,7 +241,7 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     forward = torch.compile(model) if args.compile else model
     if world.world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    return Training(model, forward, build_criterion(model, mixup is not None, num_classes, args, world).to(world.device), optimizer,
+    return Training(model, forward, build_criterion(model, num_classes, args, world).to(world.device), optimizer,
                     scheduler, torch.amp.GradScaler(world.device.type, enabled=amp == "fp16"), num_classes, amp, ema, mixup), epochs
 
 
@@ -254,10 +253,10 @@ def parameter_groups(model: nn.Module, args: Arguments) -> list[dict]:
     return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=no_decay)
 
 
-def build_criterion(model: nn.Module, mixing: bool, num_classes: int, args: Arguments, world: World) -> nn.Module:
+def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: World) -> nn.Module:
     if args.bce_loss:
         criterion = nn.BCEWithLogitsLoss()
-    elif mixing:  # smoothing is part of the mixed targets
+    elif mixing(args):  # smoothing is part of the mixed targets
         criterion = SoftTargetCrossEntropy()
     else:
         criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()

@@ -166,9 +166,7 @@ class Records:
         self.folder = folder
         self.entries, self.plotted = [], time.monotonic()
         if self.folder:
-            _prepare_folder(self.folder, fresh=start_epoch == 0)
-            about = {"args": args, "command": sys.argv, "versions": versions()}
-            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+            _prepare_folder(self.folder, {"args": args, "command": sys.argv, "versions": versions()}, fresh=start_epoch == 0)
             self.entries = [e for e in _read_lines(self.folder / "log.txt") if e["epoch"] < start_epoch]
             speed = [e for e in _read_lines(self.folder / "speed.txt") if e["epoch"] < start_epoch]
             for name, entries in (("log.txt", self.entries), ("speed.txt", speed)):  # what came after the checkpoint is run again
@@ -204,8 +202,8 @@ class Records:
                 self.wandb = None
 
 
-def _prepare_folder(folder: Path, fresh: bool) -> None:
-    """Make the folder; a fresh run moves what an earlier one left there into a folder earlier-N, so that nothing is overwritten.
+def _prepare_folder(folder: Path, about: dict, fresh: bool) -> None:
+    """Make the folder and its args.json; a fresh run moves what an earlier one left there into a folder earlier-N, so that nothing is overwritten.
 
     Raises: UserError if the folder cannot be made or written.
     """
@@ -219,7 +217,7 @@ def _prepare_folder(folder: Path, fresh: bool) -> None:
             for path in left:
                 path.rename(aside / path.name)
             print(f"{folder} held an earlier run: moved to {aside} (to go on with a run: --resume auto)", flush=True)
-        write_atomically(folder / "args.json", lambda file: file.write(b"{}"))
+        write_atomically(folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     except OSError as error:
         raise UserError(f"cannot write into the output folder {folder}: {error.strerror}") from error
 
