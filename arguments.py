@@ -9,14 +9,19 @@ from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
 import models  # noqa: F401  enters our names into timm's registry
-from datasets import DATASETS
+from datasets import DATASETS, INAT_CATEGORIES
 from models.kat import INITS
 from utils import UserError
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
 # what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
-NOT_RESUMED = {"resume", "eval", "pretrained", "output_dir", "device", "pin_mem"}
-TRAINING_ONLY = {"num_workers", "compile", "run_name", "run_id", "save_every", "mixup", "cutmix", "cutmix_minmax", "distillation_type"}
+NOT_RESUMED = {"resume", "eval", "pretrained", "finetune", "start_epoch", "use_ema", "result", "output_dir", "device", "pin_mem",
+               "world_size", "dist_url", "distributed"}
+TRAINING_ONLY = {"num_workers", "compile", "run_name", "run_id", "save_every", "mixup", "cutmix", "cutmix_minmax", "distillation_type",
+                 "cosub", "attn_only"}
+# what KAT's published commands leave to the defaults of timm's train.py, which they are written for: a positional DATA brings them
+TIMM_DEFAULTS = dict(unscale_lr=True, warmup_lr=1e-5, min_lr=0.0, train_interpolation="random", repeated_aug=False,
+                     decay_rational=True)
 
 
 class Arguments(argparse.Namespace):
@@ -39,9 +44,9 @@ class Arguments(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """Takes --data-set and --data_set alike; a wrong flag is answered with the nearest right ones."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_intermixed_args(self, args=None, namespace=None):
         args = [_dashed(a) for a in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
+        return super().parse_intermixed_args(args, namespace)
 
     def error(self, message):
         known = [option for action in self._actions for option in action.option_strings]
@@ -72,14 +77,18 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def get_args_parser() -> Parser:
-    p = Parser("main.py", usage="main.py [options]", description="Train or evaluate vision transformers with Kolmogorov-Arnold functions.",
+    p = Parser("main.py", usage="main.py [DATA] [options]", description="Train or evaluate vision transformers with Kolmogorov-Arnold functions.",
                formatter_class=_Formatter, allow_abbrev=False)
     switch = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("data")
-    g.add_argument("--data-set", default="DIGITS", choices=sorted(DATASETS), help="data set; IMNET is any tree of class folders")
-    g.add_argument("--data-path", default="./data", help="folder of the data; downloads go there")
-    g.add_argument("--input-size", type=int, default=224, help="image side, pixels")
+    g.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, as in KAT's and timm's scripts, and with it their defaults: IMNET, "
+                   "--lr as it stands, --warmup-lr 1e-5, --min-lr 0, --train-interpolation random, --no-repeated-aug, --decay-rational")
+    g.add_argument("--data-set", choices=sorted(DATASETS), help="data set; IMNET is any tree of class folders (default: IMNET where a folder is "
+                   "given, else DIGITS)")
+    g.add_argument("--data-path", "--data-dir", help="folder of the data; downloads go there (default: ./data)")
+    g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT and INAT19 are classified by")
+    g.add_argument("--input-size", "--img-size", type=int, default=224, help="image side, pixels")
     g.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="channel means of the normalisation")
     g.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="channel deviations of the normalisation")
     g.add_argument("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="evaluation crops this share of the image")
@@ -88,12 +97,14 @@ def get_args_parser() -> Parser:
     g.add_argument("--val-subset", type=int, help="evaluate on so many images, stratified by class, chosen by --seed")
     g.add_argument("--check-images", default="auto", choices=["auto", "all", "off"],
                    help="decode every image before training; auto: trees of at most 100,000 images")
-    g.add_argument("--num-workers", type=int, help="loader processes for each training process (default: its share of the cores, at most 10)")
+    g.add_argument("--num-workers", "--workers", "-j", type=int, help="loader processes for each training process (default: its share of the cores, at most 10)")
     g.add_argument("--pin-mem", action=switch, default=True, help="page-locked host memory for faster copies to a GPU")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="kat_tiny_patch16_224", help="a kat_* or flash_kat_* name or any timm model")
+    g.add_argument("--model", "-m", default="kat_tiny_patch16_224", help="a kat_* or flash_kat_* name or any timm model")
     g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="further options of the model")
+    g.add_argument("--nb-classes", "--num-classes", type=int, help="outputs of the classifier (default: the classes of the data, to evaluate those of "
+                   "the weights)")
     g.add_argument("--pretrained", action="store_true", help="start from the model's published weights (hub)")
     g.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier, probability (in the blocks: --model-kwargs proj_drop_rate=P)")
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth, probability at the last block")
@@ -107,7 +118,7 @@ def get_args_parser() -> Parser:
                    "functions towards zero instead of towards a simpler function")
 
     g = p.add_argument_group("optimizer")
-    g.add_argument("--batch-size", type=int, default=64, help="images for each process and forward pass")
+    g.add_argument("--batch-size", "--batch", "-b", type=int, default=64, help="images for each process and forward pass")
     g.add_argument("--epochs", type=int, default=100, help="epochs")
     g.add_argument("--opt", default="adamw", help="any optimizer of timm")
     g.add_argument("--opt-eps", type=float, help="epsilon of the optimizer (default: the optimizer's)")
@@ -123,7 +134,7 @@ def get_args_parser() -> Parser:
 
     g = p.add_argument_group("schedule")
     g.add_argument("--lr", type=float, default=5e-4, help="base learning rate, scaled by global batch / 512")
-    g.add_argument("--unscale-lr", action="store_true", help="--lr is the learning rate itself")
+    g.add_argument("--unscale-lr", action=switch, default=False, help="--lr is the learning rate itself")
     g.add_argument("--sched", default="cosine", choices=SCHEDULES, help="learning-rate schedule")
     g.add_argument("--sched-on-updates", action="store_true", help="step the schedule at every optimizer step, not every epoch")
     g.add_argument("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
@@ -132,7 +143,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at the lowest rate, after --epochs")
     g.add_argument("--decay-epochs", type=float, default=30, help="epochs between decays (step)")
     g.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of the decays (multistep)")
-    g.add_argument("--decay-rate", type=float, default=0.1, help="factor of a decay (step, multistep, plateau), power of poly")
+    g.add_argument("--decay-rate", "--dr", type=float, default=0.1, help="factor of a decay (step, multistep, plateau), power of poly")
     g.add_argument("--patience-epochs", type=int, default=10, help="epochs without progress before a decay (plateau)")
     g.add_argument("--lr-noise", type=float, nargs="+", help="epochs (share of all) between which the rate is perturbed")
     g.add_argument("--lr-noise-pct", type=float, default=0.67, help="limit of the perturbation, share of the rate")
@@ -154,6 +165,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erased areas are filled with")
     g.add_argument("--recount", type=int, default=1, help="erased areas an image")
+    g.add_argument("--resplit", action="store_true", help="taken from DeiT's command line, where it has no effect either: there is one augmentation split")
     g.add_argument("--mixup", type=float, default=0.8, help="mixup alpha, 0 turns it off")
     g.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 turns it off")
     g.add_argument("--cutmix-minmax", type=float, nargs=2, help="smallest and largest share of the image, instead of --cutmix")
@@ -162,6 +174,8 @@ def get_args_parser() -> Parser:
     g.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one mixing ratio")
     g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     g.add_argument("--bce-loss", action="store_true", help="binary cross-entropy on unsmoothed targets, as in DeiT III")
+
+    g.add_argument("--cosub", action="store_true", help="co-train two submodels drawn by --drop-path on each image (arXiv:2212.04884)")
 
     g = p.add_argument_group("weight averaging")
     g.add_argument("--model-ema", action=switch, default=True, help="keep an exponential moving average of the weights")
@@ -177,18 +191,33 @@ def get_args_parser() -> Parser:
     g.add_argument("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
 
     g = p.add_argument_group("checkpoint and evaluation")
-    g.add_argument("--output-dir", default="", help="folder for checkpoints, log.txt and curves.png; empty: nothing is saved")
-    g.add_argument("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint (auto: the last one in --output-dir, if any); "
-                   "settings that are not given are taken from it")
+    g.add_argument("--output-dir", "--output", default="", help="folder for checkpoints, log.txt and curves.png; empty: nothing is saved")
+    g.add_argument("--resume", "--checkpoint", default="", metavar="FILE|auto", help="go on from a checkpoint (auto: the last one in --output-dir, if "
+                   "any), or evaluate it; FILE: a path, a URL or hf_hub:USER/NAME; settings that are not given are taken from it")
+    g.add_argument("--finetune", "--initial-checkpoint", "--pretrained-path", default="", metavar="FILE", help="start from the weights of FILE wherever "
+                   "they fit: of any class count, image or patch size, of a ViT for a KAT, AugReg's .npz; what does not fit is listed (with --resume auto: "
+                   "unless there is a checkpoint to go on from)")
+    g.add_argument("--use-ema", action=switch, help="averaged or raw weights of the file (default: --eval shows both; --finetune takes the better ones "
+                   "if the file says so, else the averaged ones if there are any)")
+    g.add_argument("--attn-only", action="store_true", help="train attention, position embedding and classifier only (arXiv:2203.09795)")
+    g.add_argument("--start-epoch", type=int, metavar="N", help="first epoch, counted from 0 (default: what the checkpoint says, else 0)")
     g.add_argument("--save-every", type=int, default=0, metavar="N", help="also keep the checkpoint of every Nth epoch")
     g.add_argument("--eval", action="store_true", help="evaluate only")
+    g.add_argument("--result", nargs="?", const="-", default="", metavar="FILE", help="after --eval print the JSON of KAT's validate.py, or write it to FILE")
     g.add_argument("--eval-every", type=int, default=1, metavar="N", help="evaluate every Nth epoch, and the last")
 
     g = p.add_argument_group("logging")
     g.add_argument("--print-freq", type=int, default=50, help="steps between log lines; each synchronises the device once")
     g.add_argument("--run-name", default="", help="log to Weights & Biases under this name")
+    g.add_argument("--log-wandb", action="store_true", help="log to Weights & Biases, under the name of the output folder unless --run-name is given")
     g.add_argument("--run-id", default="", help="Weights & Biases run to continue")
     g.add_argument("--wandb-project", default="kan-vit", help="Weights & Biases project")
+
+    g = p.add_argument_group("distributed", "torchrun sets these up; the flags are those of DeiT's command line")
+    g.add_argument("--distributed", action="store_true", help="stop unless started by torchrun or another launcher")
+    g.add_argument("--world-size", type=int, metavar="N", help="stop unless started with so many processes")
+    g.add_argument("--dist-url", default="env://", metavar="URL", help="where the processes meet")
+    g.add_argument("--dist-eval", action="store_true", help="evaluation is always spread over the processes, each image counted once")
 
     g = p.add_argument_group("device and reproducibility")
     g.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; the CPU where there is no GPU")
@@ -205,24 +234,43 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     """
     parser = get_args_parser()
     try:
-        first = parser.parse_args(argv, Arguments())
+        first = parser.parse_intermixed_args(argv, Arguments())
     except ValueError as error:  # of timm's KEY=VALUE parser
         raise UserError("--model-kwargs takes KEY=VALUE pairs, such as depth=6") from error
+    if first.resume not in ("", "auto") and first.finetune:
+        raise UserError("--finetune and --resume FILE do not go together: one starts a training, the other goes on with it")
+    if first.data and first.data_path:
+        raise UserError(f"the data are in two places, {first.data} and --data-path {first.data_path}: name one")
+    folder = first.data or first.data_path
+    parser.set_defaults(data_set="IMNET" if folder else "DIGITS", data_path="./data", **(TIMM_DEFAULTS if first.data else {}))
     checkpoint = load(first)
     if first.eval and first.resume == "auto" and checkpoint is None:
         raise UserError(f"--resume auto finds no checkpoint in {first.output_dir or 'an empty --output-dir'}")
     if checkpoint is not None:
         known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if first.eval else set())
-        parser.set_defaults(**{k: v for k, v in checkpoint.get("args", {}).items() if k in known})
-    args = parser.parse_args(argv, Arguments())
+        theirs = checkpoint.get("args", {})
+        known -= {"data_set"} if first.data or (folder and theirs.get("data_set") == "DIGITS") else set()
+        parser.set_defaults(**{k: v for k, v in theirs.items() if k in known})
+    args = parser.parse_intermixed_args(argv, Arguments())
+    args.timm_style, args.data_path = args.data is not None, os.path.abspath(args.data or args.data_path)  # to be evaluated from any folder
+    del args.data
+    if args.log_wandb and not args.run_name:
+        args.run_name = os.path.basename(os.path.abspath(args.output_dir)) if args.output_dir else args.model
     _check(args)
-    args.data_path = os.path.abspath(args.data_path)  # a checkpoint is evaluated from any folder
     return args.freeze(), checkpoint
 
 
 def _check(a: Arguments) -> None:
     faults = [
-        (a.eval and not a.resume and not a.pretrained, "--eval needs --resume CHECKPOINT or --pretrained"),
+        (a.eval and not a.resume and not a.pretrained, "--eval needs --resume FILE or --pretrained"
+         + (" (--finetune is for training)" if a.finetune else "")),
+        (a.finetune and a.pretrained, "--finetune and --pretrained do not go together: choose the weights to start from"),
+        (a.use_ema is not None and not (a.eval or a.finetune), "--use-ema chooses weights for --eval or --finetune"),
+        (a.result and not a.eval, "--result belongs to --eval"),
+        (a.cosub and a.distillation_type != "none", "--cosub and --distillation-type do not go together"),
+        (a.distributed and "WORLD_SIZE" not in os.environ, "--distributed needs a launcher: torchrun --nproc_per_node=N main.py ..."),
+        (a.world_size not in (None, int(os.environ.get("WORLD_SIZE", 1))), f"--world-size {a.world_size}, but {os.environ.get('WORLD_SIZE', 1)} process(es) "
+         "were started: torchrun --nproc_per_node=N says how many"),
         (a.resume == "auto" and not a.output_dir, "--resume auto needs --output-dir"),
         (a.resume and a.pretrained and not a.eval, "--resume and --pretrained do not go together: choose the weights to start from"),
         (a.save_every and not a.output_dir and not a.eval, "--save-every needs --output-dir"),
@@ -239,7 +287,7 @@ def _check(a: Arguments) -> None:
     ]
     faults += [(getattr(a, name) < least, f"--{name.replace('_', '-')} must be at least {least}, not {getattr(a, name)}")
                for name, least in (("batch_size", 1), ("grad_accum_steps", 1), ("epochs", 0), ("input_size", 1), ("print_freq", 1),
-                                   ("eval_every", 1), ("save_every", 0), ("seed", 0))]
+                                   ("eval_every", 1), ("save_every", 0), ("seed", 0), ("start_epoch", 0), ("nb_classes", 1)) if getattr(a, name) is not None]
     faults += [(a.seed >= 2**32, f"--seed must be below 2^32, not {a.seed}")]
     shares = ("drop", "drop_path", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "model_ema_decay",
               "distillation_alpha", "eval_crop_ratio")
@@ -251,7 +299,7 @@ def _check(a: Arguments) -> None:
     if a.opt.removeprefix("lookahead_") not in list_optimizers():
         faults.append((True, _unknown("optimizer", a.opt, list_optimizers())))
     for flag, name in (("model", a.model), ("teacher model", a.teacher_model)):
-        if not timm.is_model(name) and not name.startswith("hf-hub:") and not name.startswith("hf_hub:"):
+        if not timm.is_model(name.split(".")[0]) and not name.startswith("hf-hub:") and not name.startswith("hf_hub:"):
             faults.append((True, _unknown(flag, name, timm.list_models())))
     for wrong, sentence in faults:
         if wrong:

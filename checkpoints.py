@@ -1,27 +1,22 @@
-"""Checkpoints: written whole or not at all, plain tensors and plain types only, loaded without running any code in them.
+"""Checkpoints of a training: written whole or not at all, plain tensors and plain types only. weights.py reads them.
 
 A checkpoint is one dictionary: model, model_ema, optimizer, scaler, epoch (the last one finished), updates (optimizer steps so far),
 schedule, best (accuracy, which weights, epoch), rng (one state per process), args, versions, classes.
 """
 import os
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import utils
+import weights
 from arguments import Arguments
 from engine import Training
-from utils import UserError, World, sync_directory, write_atomically
+from utils import World, sync_directory, write_atomically
+from weights import CheckpointError
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, unsafe or of another model."""
 
 
 def save(folder: Path, state: dict, is_best: bool, keep_as: str | None = None) -> None:
@@ -49,48 +44,12 @@ def _link(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def load(path: str | Path) -> dict:
-    """The dictionary of a checkpoint on the CPU. Nothing in the file is executed.
-
-    Raises: CheckpointError, one sentence, for a file that is missing, cut short, or holds more than tensors and plain types.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "holds objects other than tensors and plain types" if "GLOBAL" in str(error) else "is not a checkpoint or is damaged"
-        raise CheckpointError(f"{path} {reason}; it was not loaded") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a checkpoint or is damaged ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise CheckpointError(f"{path} has no entry 'model'")
-    return state
-
-
-def find(resume: str, output_dir: str) -> Path | None:
-    """Path of the checkpoint that `--resume PATH|auto` means; None for auto where there is none yet."""
+def find(resume: str, output_dir: str) -> str | Path | None:
+    """Path, URL or hub name of the checkpoint that `--resume FILE|auto` means; None for auto where there is none yet."""
     if resume != "auto":
-        return Path(resume) if resume else None
+        return resume or None
     path = Path(output_dir) / LAST
     return path if path.is_file() else None
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Load all weights or none.
-
-    Raises: CheckpointError naming the first tensors that are missing, unknown or of another shape.
-    """
-    own = model.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} is unknown to the model" for name in weights if name not in own]
-    faults += [f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-               for name in own if name in weights and weights[name].shape != own[name].shape]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(faults[:3])}{more}")
-    model.load_state_dict(weights)
 
 
 def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: Arguments) -> dict:
@@ -119,7 +78,7 @@ def restore(training: Training, checkpoint: dict, args: Arguments, world: World)
         training.scaler.load_state_dict(checkpoint["scaler"])
     training.updates, training.best, start = checkpoint["updates"], checkpoint["best"], checkpoint["epoch"] + 1
     if training.ema is not None:
-        load_weights(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
+        weights.load(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
     if checkpoint["schedule"] and hasattr(training.scheduler, "lr_scheduler"):
         training.scheduler.lr_scheduler.load_state_dict(checkpoint["schedule"])
     elif training.scheduler is not None:

@@ -1,13 +1,16 @@
 """Data sets, one registry. Bad data raises DataError, one sentence, before any training.
 
 To add a data set, write a function (args, download) -> (train, validation), two ImageDatasets, under @register_dataset.
+Under args.eval it may leave out the first.
 """
 
 import hashlib
+import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from transforms import build_transform
 
 CHECK_LIMIT = 100_000    # images; larger sets are checked while they are read
 VAL_FOLDERS = ("val", "valid", "validation", "test")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
 class DataError(Exception):
@@ -86,7 +90,7 @@ def stratified_indices(targets: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(order[np.lexsort((rng.random(len(targets)), quota))[:size]])
 
 
-DATASETS: dict[str, Callable[[Namespace, bool], tuple[ImageDataset, ImageDataset]]] = {}
+DATASETS: dict[str, Callable[[Namespace, bool], Sequence[ImageDataset]]] = {}
 
 
 def register_dataset(*names: str) -> Callable:
@@ -133,12 +137,13 @@ def flowers102(args: Namespace, download: bool):
     def join(*parts) -> ImageDataset:    # torchvision keeps files and labels private
         names = [os.fsencode(os.path.relpath(file, args.data_path)) for part in parts for file in part._image_files]
         return ImageDataset(np.array(names), [c for part in parts for c in part._labels], classes, str(args.data_path))
-    return join(*splits[:2]), join(splits[2])
+    return [join(*part) for part in (splits[:-1], splits[-1:]) if part]
 
 
 def _torchvision(source: type, args: Namespace, download: bool, splits: list[dict], files: str) -> list:
+    """The splits, the last for validation; under args.eval only that."""
     try:
-        return [source(args.data_path, download=download, **split) for split in splits]
+        return [source(args.data_path, download=download, **split) for split in splits[-1 if args.eval else 0:]]
     except (OSError, RuntimeError, HTTPException) as error:
         raise DataError(f"{args.data_set} is not complete in {args.data_path} and could not be downloaded ({error}): "
                         f"put {files}") from error
@@ -159,15 +164,27 @@ def digits(args: Namespace, download: bool):
 
 @register_dataset("IMNET")
 def image_folders(args: Namespace, download: bool):
-    """Any tree train/<class>/*.jpg and val/<class>/*.jpg, such as ImageNet; the classes are those of the tree."""
+    """Any tree train/<class>/*.jpg and val/<class>/*.jpg, such as ImageNet; the classes are those of the tree.
+
+    Under args.eval train is not read, and a tree <class>/*.jpg will do.
+    """
     root = str(args.data_path)
     if not os.path.isdir(root):
         raise DataError(f"the data folder {root} does not exist")
-    if not os.path.isdir(os.path.join(root, "train")):
+    has_train = os.path.isdir(os.path.join(root, "train"))
+    if not has_train and not args.eval:
         raise DataError(f"{root} has no folder named train")
     val_folder = next((name for name in VAL_FOLDERS if os.path.isdir(os.path.join(root, name))), None)
     if val_folder is None:
-        raise DataError(f"{root} has no validation folder: looked for {', '.join(VAL_FOLDERS)}")
+        missing = f"{root} has no validation folder: looked for {', '.join(VAL_FOLDERS)}"
+        if has_train:
+            raise DataError(missing)
+        try:
+            return [_image_folder(root, "")]
+        except DataError as error:
+            raise DataError(f"{missing}; {error}") from error
+    if args.eval:
+        return [_image_folder(root, val_folder)]
     train, val = _image_folder(root, "train"), _image_folder(root, val_folder)
     differences = [f"only in {folder}: {_some(sorted(set(a.classes) - set(b.classes)))}"
                    for folder, a, b in (("train", train, val), (val_folder, val, train))
@@ -178,7 +195,7 @@ def image_folders(args: Namespace, download: bool):
 
 
 def _image_folder(root: str, folder: str) -> ImageDataset:
-    path = os.path.join(root, folder)
+    path = str(Path(root, folder))
     try:
         tree = tv.ImageFolder(path, allow_empty=True)
     except OSError as error:
@@ -191,13 +208,56 @@ def _image_folder(root: str, folder: str) -> ImageDataset:
     return ImageDataset(names, tree.targets, tree.classes, root)
 
 
+@register_dataset("INAT", "INAT19")
+def inaturalist(args: Namespace, download: bool):
+    """iNaturalist 2018 and 2019; the classes are the values of args.inat_category, such as each genus.
+
+    They are numbered as in DeiT, in the order in which the training annotations first name them.
+    """
+    root, year = str(args.data_path), 2018 if args.data_set == "INAT" else 2019
+
+    def part(images: list[dict]) -> ImageDataset:
+        paths = [image["file_name"].split("/") for image in images]    # such as train_val2018, Aves, 2820, <file>
+        found = [values[int(category)] for _, _, category, _ in paths]
+        unseen = sorted(set(found) - set(labels))
+        if unseen:
+            raise DataError(f"{root} has images of a {args.inat_category} that train{year}.json has no annotation of: "
+                            f"{_some(unseen)}")
+        if not os.path.isdir(os.path.join(root, *paths[0][:2])):    # not as the archives extract, but as DeiT reads it
+            paths = [[folder, category, file] for folder, _, category, file in paths]
+        names = np.array([os.fsencode(os.path.join(*path)) for path in paths])
+        return ImageDataset(names, [labels[value] for value in found], list(labels), root)
+
+    with _inat_json(root, "categories.json") as categories:
+        values = dict(enumerate(str(category[args.inat_category]) for category in categories))
+    with _inat_json(root, f"train{year}.json") as train:
+        named = dict.fromkeys(values[int(annotation["category_id"])] for annotation in train["annotations"])
+        labels = {value: label for label, value in enumerate(named)}
+        parts = [] if args.eval else [part(train["images"])]
+    with _inat_json(root, f"val{year}.json") as val:
+        return [*parts, part(val["images"])]
+
+
+@contextmanager
+def _inat_json(root: str, name: str) -> Iterator:
+    """The content of a JSON file; an error while it is read or used becomes a DataError that names the file."""
+    path = os.path.join(root, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield json.load(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as an iNaturalist file ({type(error).__name__}: {error})") from error
+
+
 def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def build_datasets(args: Namespace, rank: int = 0, world_size: int = 1) -> tuple[ImageDataset, ImageDataset, list[str]]:
+def build_datasets(args: Namespace, rank: int = 0, world_size: int = 1
+                   ) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
     """Training set, validation set and class names of `args.data_set`, with transforms, subsets and checks applied.
 
+    Under args.eval the training set is None and its data may be missing.
     In distributed runs every rank calls it: rank 0 goes first and alone downloads, and if any rank fails, all raise.
     Raises: DataError; UserError for an augmentation policy that timm does not know.
     """
@@ -209,14 +269,17 @@ def build_datasets(args: Namespace, rank: int = 0, world_size: int = 1) -> tuple
             try:
                 if os.path.isfile(args.data_path or ""):
                     raise DataError(f"the data path {args.data_path} is a file, not a folder")
-                train, val = DATASETS[args.data_set](args, rank == 0)
-                train, val = train.subset(args.train_subset, args.seed), val.subset(args.val_subset, args.seed)
+                *train, val = DATASETS[args.data_set](args, rank == 0)
+                train = None if args.eval else train[0].subset(args.train_subset, args.seed)
+                val = val.subset(args.val_subset, args.seed)
             except DataError as error:
                 errors = [str(error)]
         raise_on_all_ranks(errors)
-    train.transform, val.transform = build_transform(True, args), build_transform(False, args)
-    check_images([train, val], args.check_images, rank, world_size)
-    return train, val, train.classes
+    parts = [val] if train is None else [train, val]
+    for part in parts:
+        part.transform = build_transform(part is train, args)
+    check_images(parts, args.check_images, rank, world_size)
+    return train, val, parts[0].classes
 
 
 def _is_distributed() -> bool:

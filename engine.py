@@ -62,6 +62,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     for step, (images, targets) in enumerate(loader):
         if run.mixup is not None:
             images, targets = run.mixup(images, targets)
+        if args.cosub:
+            images = torch.cat((images, images))
         if args.bce_loss:
             targets = _binary_targets(targets, run.num_classes)
         window = _accumulation_window(step, steps, args.grad_accum_steps)
@@ -72,9 +74,9 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
                 loss = _loss(run.criterion, images, outputs, targets)
             run.scaler.scale(loss / window).backward()
         loss = loss.detach()
-        loss_sum += loss * len(images)
+        loss_sum += loss * len(targets)
         first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss), step, first_bad)
-        images_seen += len(images)
+        images_seen += len(targets)
         if is_update:
             _update(run, args)
         if (step + 1) % args.print_freq == 0 or step + 1 == steps:

@@ -1,4 +1,4 @@
-"""Knowledge distillation from a teacher, as DeiT does it."""
+"""Losses of DeiT's recipes: distillation from a teacher, co-training of two submodels."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,3 +41,19 @@ class DistillationLoss(nn.Module):
             distance = self.tau ** 2 * F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
                                                 reduction="batchmean", log_target=True)
         return (1 - self.alpha) * self.base(logits, targets) + self.alpha * distance
+
+
+class CosubLoss(nn.Module):
+    """Mean of four binary cross-entropies: of two submodels with the target, and of each with what the other one says.
+
+    The two are draws of stochastic depth: forward takes the outputs (2 B, C) of the same B images twice over.
+    Targets: class indices (B,) or shares of the classes (B, C).
+    Source: Touvron et al. 2022 (arXiv:2212.04884), eq. 3, with the weights of the released DeiT code.
+    """
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, outputs.shape[1])
+        one, two = outputs.chunk(2)
+        pairs = (one, targets), (two, targets), (one, two.detach().sigmoid()), (two, one.detach().sigmoid())
+        return sum(F.binary_cross_entropy_with_logits(logits, target.to(logits)) for logits, target in pairs) / 4

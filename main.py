@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.distributed as dist
@@ -22,19 +23,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
 import utils
+import weights
 from arguments import Arguments, mixing, parse
 from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
-from losses import DistillationLoss
+from labels import output_indices
+from losses import CosubLoss, DistillationLoss
+from models.build import build_model, finetune, freeze_all_but_attention, outputs_of
 from samplers import ExactEvalBatchSampler, train_sampler
 from transforms import DeviceLoader, build_loader
-from utils import UserError, World
+from utils import UserError, World, first_line
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         args, checkpoint = parse(argv, _load_resumed)
-        run(args, checkpoint, utils.init_world(args.device))
+        run(args, checkpoint, utils.init_world(args.device, args.dist_url))
         return 0
     except (UserError, DataError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _load_resumed(args: Arguments) -> dict | None:
     path = checkpoints.find(args.resume, args.output_dir)
-    return checkpoints.load(path) if path else None
+    return weights.read(path) if path else None
 
 
 def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
@@ -66,43 +70,32 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
     if amp == "fp16" and world.device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     train_set, val_set, classes = build_datasets(args, world.rank, world.world_size)
-    model = build_model(args, len(classes), weights_follow=checkpoint is not None).to(world.device)
+    trained_on = (checkpoint or {}).get("classes")
+    model = build_model(args, args.nb_classes or (outputs_of(checkpoint, args) if args.eval else len(classes)), weights_follow=checkpoint is not None)
     world.log(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.input_size} pixels, amp {amp}")
-    world.log(f"{args.data_set}: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes")
-    if checkpoint is not None:
-        checkpoints.load_weights(model, checkpoint["model"], args.resume)
-        if checkpoint.get("classes", classes) != classes:
-            world.log(f"note: the checkpoint was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
+    world.log(f"{args.data_set}: {f'{len(train_set):,} training and ' if train_set else ''}{len(val_set):,} validation images, {len(classes)} classes")
+    if args.eval:
+        indices, note = output_indices(classes, model.num_classes, trained_on, args.data_set == "IMNET")
+        val_set.targets = np.array(indices)[val_set.targets]
+    elif len(classes) > model.num_classes:
+        raise UserError(f"--nb-classes {model.num_classes} are too few: the data have {len(classes)} classes")
+    else:
+        note = "" if trained_on in (None, classes) else f"the checkpoint was trained on other classes ({', '.join(trained_on[:3])}, ...)"
+    if note:
+        world.log(f"note: {note}")
+    if checkpoint is not None and not args.eval:
+        weights.load(model, checkpoint["model"], args.resume)
+    elif args.finetune:
+        finetune(model, args, world)
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    model.to(world.device)
     val_batches = ExactEvalBatchSampler(len(val_set), int(1.5 * args.batch_size), world.world_size, world.rank)
     val_loader = build_loader(val_set, args, world.device, num_workers(args, world), is_train=False, batch_sampler=val_batches)
     if args.eval:
-        evaluate_checkpoint(model, checkpoint, val_loader, amp, world)
+        evaluate_checkpoint(model, checkpoint, val_loader, amp, args, world)
     else:
         train(model, checkpoint, train_set, val_loader, classes, amp, args, world)
-
-
-def build_model(args: Arguments, num_classes: int, weights_follow: bool = False) -> nn.Module:
-    """The model of the arguments; with `weights_follow` neither downloaded nor initialised at length."""
-    cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
-    any_size = cfg is not None and (not cfg.fixed_input_size or cfg.input_size[-1] == args.input_size)
-    options = {"num_classes": num_classes, "drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None,
-               "img_size": None if any_size else args.input_size, "weight_init": args.init, **args.model_kwargs}
-    pretrained = args.pretrained and not weights_follow
-    if (weights_follow or pretrained) and "kat_" in args.model:
-        options["weight_init"] = "skip"
-    try:  # timm leaves out what is None
-        model = timm.create_model(args.model, pretrained=pretrained, **options)
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing(True)
-        with torch.no_grad():  # a size that does not fit shows here, not after the data are loaded
-            model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError, ArithmeticError, IndexError) as error:
-        raise UserError(f"cannot build {args.model}: {first_line(error)}") from error
-    return model
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def num_workers(args: Arguments, world: World) -> int:
@@ -110,19 +103,31 @@ def num_workers(args: Arguments, world: World) -> int:
     return min(10, len(os.sched_getaffinity(0)) // processes) if args.num_workers is None else args.num_workers
 
 
-def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DeviceLoader, amp: str, world: World) -> None:
+def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DeviceLoader, amp: str, args: Arguments, world: World) -> None:
     models, chosen = {"raw": model}, "raw"
-    if checkpoint is not None and checkpoint.get("model_ema") is not None:
-        models["EMA"] = copy.deepcopy(model)
-        checkpoints.load_weights(models["EMA"], checkpoint["model_ema"], "the EMA of the checkpoint")
+    if checkpoint is not None:
+        own, which = weights.choose(checkpoint, args.use_ema)
+        if args.use_ema is None and checkpoint.get("model_ema") is not None:
+            models = {"raw": model, "EMA": copy.deepcopy(model)}
+            weights.load(models["EMA"], checkpoint["model_ema"], f"the EMA of {args.resume}", resample=True)
+            own = checkpoint["model"]
+        else:
+            models, chosen = {which: model}, which
+        weights.load(model, own, args.resume, resample=True)
     results = evaluate(models, loader, amp, world)
-    if "EMA" in results:
+    if len(results) > 1:
         best = checkpoint.get("best", {})  # of this checkpoint's epoch, else the higher of the two
         is_best = best.get("epoch") == checkpoint.get("epoch") and best.get("weights")
-        chosen = best["weights"] if is_best else max(results, key=lambda weights: results[weights]["acc1"])
-    for weights, result in results.items():
-        world.log(f"{weights} weights: " + format_result(result))
+        chosen = best["weights"] if is_best else max(results, key=lambda name: results[name]["acc1"])
+    for name, result in results.items():
+        world.log(f"{name} weights: " + format_result(result))
     world.log(f"top-1 {results[chosen]['acc1']:.2f} % ({chosen} weights)")
+    top1, top5 = results[chosen]["acc1"], results[chosen]["acc5"]
+    if args.result and world.is_main:
+        utils.write_result(args.result, {
+            "model": args.model, "top1": round(top1, 4), "top1_err": round(100 - top1, 4), "top5": round(top5, 4), "top5_err": round(100 - top5, 4),
+            "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 2), "img_size": args.input_size,
+            "crop_pct": args.eval_crop_ratio, "interpolation": args.interpolation})
 
 
 def format_result(result: dict) -> str:
@@ -134,15 +139,20 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     sampler = train_sampler(train_set, world.world_size, world.rank, args.seed, repeats=3 if args.repeated_aug else 1)
     batch_size = fitting_batch_size(len(sampler), args, world)
     loader = build_loader(train_set, args, world.device, num_workers(args, world), is_train=True, sampler=sampler, batch_size=batch_size)
-    training, epochs = build_training(model, len(loader), batch_size, len(classes), amp, args, world)
+    training, epochs = build_training(model, len(loader), batch_size, model.num_classes, amp, args, world)
     folder = Path(args.output_dir) if args.output_dir else None
-    start_epoch, goes_on = 0, False
+    start_epoch, goes_on = args.start_epoch or 0, False
     if checkpoint is not None:
-        start_epoch = checkpoints.restore(training, checkpoint, args, world)
+        done = checkpoints.restore(training, checkpoint, args, world)
+        start_epoch = done if args.start_epoch is None else args.start_epoch
         checkpoint.clear()  # its memory
-        goes_on = folder is not None and checkpoints.find(args.resume, args.output_dir).resolve().parent == folder.resolve()
+        goes_on = folder is not None and Path(checkpoints.find(args.resume, args.output_dir)).resolve().parent == folder.resolve()
         if folder is None:
             world.log("note: without --output-dir nothing of this run is saved")
+    if args.start_epoch is not None:
+        training.updates = start_epoch * -(-len(loader) // args.grad_accum_steps)
+        if training.scheduler is not None:
+            training.scheduler.step(start_epoch)
     records = fault = None
     if world.is_main:
         try:
@@ -207,7 +217,8 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     """Everything that training moves, and the number of epochs (cool-down included)."""
     global_batch = batch_size * world.world_size * args.grad_accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
-    scaled = "not scaled" if args.unscale_lr else f"base {args.lr:g} x {global_batch} / 512"
+    scaled = "not scaled" + (", as in timm's and KAT's scripts, because the data folder comes first" if args.timm_style else "")
+    scaled = scaled if args.unscale_lr else f"base {args.lr:g} x {global_batch} / 512"
     world.log(f"learning rate {lr:g} ({scaled}; global batch {global_batch} = {batch_size} images x {world.world_size} processes x "
               f"{args.grad_accum_steps} accumulated)")
     fused = {"fused": True} if args.opt == "adamw" and world.device.type == "cuda" else {}
@@ -254,6 +265,8 @@ def parameter_groups(model: nn.Module, args: Arguments) -> list[dict]:
 
 
 def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: World) -> nn.Module:
+    if args.cosub:
+        return CosubLoss()
     if args.bce_loss:
         criterion = nn.BCEWithLogitsLoss()
     elif mixing(args):  # smoothing is part of the mixed targets
@@ -265,7 +278,7 @@ def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: 
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
-    checkpoints.load_weights(teacher, checkpoints.load(args.teacher_path)["model"], args.teacher_path)
+    weights.load(teacher, weights.choose(weights.read(args.teacher_path), args.use_ema)[0], args.teacher_path)
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 
@@ -276,12 +289,12 @@ def evaluate_epoch(training: Training, loader: DeviceLoader, epoch: int, entry: 
         on_device = next(training.ema.module.parameters()).device == world.device
         models["EMA"] = training.ema.module if on_device else copy.deepcopy(training.ema.module).to(world.device)
     winner, best = None, training.best
-    for weights, result in evaluate(models, loader, training.amp, world).items():
-        world.log(f"epoch {epoch + 1}  {weights} weights: " + format_result(result))
-        prefix = "test_ema" if weights == "EMA" else "test"
+    for which, result in evaluate(models, loader, training.amp, world).items():
+        world.log(f"epoch {epoch + 1}  {which} weights: " + format_result(result))
+        prefix = "test_ema" if which == "EMA" else "test"
         entry |= {f"{prefix}_{k}": result[k] for k in ("loss", "acc1", "acc5")}
         if winner is None or result["acc1"] >= winner["accuracy"]:
-            winner = {"accuracy": result["acc1"], "weights": weights, "epoch": epoch}
+            winner = {"accuracy": result["acc1"], "weights": which, "epoch": epoch}
     if winner["accuracy"] > best["accuracy"]:
         training.best = best = winner
     entry |= {"max_accuracy": best["accuracy"], "max_accuracy_weights": best["weights"], "max_accuracy_epoch": best["epoch"]}

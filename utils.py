@@ -25,6 +25,10 @@ class UserError(Exception):
     """Something the user can mend: one sentence, printed without a traceback; the process exits with code 2."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """This process among all: rank 0..world_size - 1 and its device."""
@@ -56,7 +60,7 @@ class World:
         return values
 
 
-def init_world(device: str) -> World:
+def init_world(device: str, dist_url: str = "env://") -> World:
     """Join the process group that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), or stay alone."""
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -75,7 +79,10 @@ def init_world(device: str) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", dist_url, timeout=timedelta(minutes=30), rank=rank, world_size=world_size)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the {world_size} processes cannot meet at --dist-url {dist_url}: {first_line(error)}") from error
     return World(rank, world_size, device)
 
 
@@ -144,6 +151,18 @@ def write_atomically(path: Path, write) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def write_result(target: str, result: dict) -> None:
+    """Print a result as timm's validate.py does, --result and then JSON as the last lines, or write the JSON to a file."""
+    text = json.dumps(result, indent=4)
+    if target == "-":
+        print(f"--result\n{text}", flush=True)
+        return
+    try:
+        write_atomically(Path(target), lambda file: file.write(text.encode() + b"\n"))
+    except OSError as error:
+        raise UserError(f"cannot write the result to {target}: {error.strerror}") from error
 
 
 def sync_directory(folder: Path) -> None:

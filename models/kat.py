@@ -20,6 +20,17 @@ from kan_basis import GroupRational, rational
 from models.vit import SIZES, build, model_cfg, register
 
 INITS = ("released", "variance_preserving")
+_RELEASES = "https://github.com/Adamdad/kat/releases/download/checkpoint/"
+# the published files; each name ends in the sha256 of its file (KAT's README exchanges the first two links)
+PUBLISHED = {
+    ("tiny", "scratch"): _RELEASES + "kat_tiny_patch16_224_1f3ad3b2e69821f3d412f2924cf159a0e266f142d739cb68f68f796f5a0fe289.pth",
+    ("small", "scratch"): _RELEASES + "kat_small_patch16_224_32487885cf13d2c14e461c9016fac8ad43f7c769171f132530941e930aeb5fe2.pth",
+    ("base", "scratch"): _RELEASES + "kat_base_patch16_224_abff874d925d756d15cde97303f772a3460ddbd44b9c53fb9ce5cf15be230fb6.pth",
+    ("tiny", "vitft"): _RELEASES + "kat_tiny_patch16_224-finetune_64f124d003803e4a7e1aba1ba23500ace359b544e8a5f0110993f25052e402fb.pth",
+    ("small", "vitft"): _RELEASES + "kat_small_patch_224-finetune_3ae087a4c28e2993468eb377d5151350c52c80b2a70cc48ceec63d1328ba58e0.pth",
+    ("base", "vitft"): "https://huggingface.co/adamdad/kat_pretained/resolve/main/"
+                       "kat_base_patch16_224-finetune_440bf1ead9dd8ecab642078cfb60ae542f1fa33ca65517260501e02c011e38f2.pth"}
+
 
 class GRKANMlp(nn.Module):
     """Two linear layers, each behind a group-rational function.
@@ -154,7 +165,8 @@ def _cfgs(name: str, size: str, act: str) -> dict:
     if act != "swish" or "micro" in size:
         return {name: model_cfg(SIZES[size]["img_size"])}
     hub = f"adamdad/kat_{size}"  # the published weights, from scratch (the default) and fine-tuned from a ViT
-    return {f"{name}.scratch": model_cfg(hf_hub_id=hub), f"{name}.vitft": model_cfg(hf_hub_id=f"{hub}.vitft")}
+    return {f"{name}.{tag}": model_cfg(hf_hub_id=hub_id, url=PUBLISHED[size.split("_")[0], tag])
+            for tag, hub_id in (("scratch", hub), ("vitft", f"{hub}.vitft"))}
 
 
 def _names() -> dict[str, tuple]:

@@ -17,7 +17,7 @@ def make_args(**overrides):
         interpolation="bicubic", color_jitter=None, aa=None, reprob=0.0, remode="pixel", recount=1,
         eval_crop_ratio=0.875, three_augment=False, src=False, hflip=None, vflip=0.0, scale=(0.08, 1.0),
         ratio=(3 / 4, 4 / 3), no_aug=False, train_subset=None, val_subset=None, check_images="auto", seed=0,
-        pin_mem=True)
+        pin_mem=True, eval=False, inat_category="name")
     return SimpleNamespace(**{**defaults, **overrides})
 
 

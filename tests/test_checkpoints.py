@@ -1,4 +1,3 @@
-import argparse
 import os
 import pickle
 
@@ -6,6 +5,7 @@ import pytest
 import torch
 
 import checkpoints
+import weights
 from checkpoints import BEST, LAST, CheckpointError
 
 
@@ -13,10 +13,10 @@ def test_save_and_load(tmp_path):
     state = {"model": {"w": torch.randn(3)}, "epoch": 4, "best": {"accuracy": 1.5}, "rng": [{"python": (3, (1, 2), None)}]}
     checkpoints.save(tmp_path, state, is_best=True, keep_as="checkpoint-0005.pth")
     assert sorted(os.listdir(tmp_path)) == sorted([LAST, BEST, "checkpoint-0005.pth"])
-    loaded = checkpoints.load(tmp_path / BEST)
+    loaded = weights.read(tmp_path / BEST)
     assert torch.equal(loaded["model"]["w"], state["model"]["w"]) and loaded["rng"] == state["rng"]
     checkpoints.save(tmp_path, {**state, "epoch": 5}, is_best=False)
-    assert checkpoints.load(tmp_path / LAST)["epoch"] == 5 and checkpoints.load(tmp_path / BEST)["epoch"] == 4
+    assert weights.read(tmp_path / LAST)["epoch"] == 5 and weights.read(tmp_path / BEST)["epoch"] == 4
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0"), KeyboardInterrupt()])
@@ -31,7 +31,7 @@ def test_a_write_that_fails_leaves_the_last_file_whole(tmp_path, monkeypatch, er
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
         checkpoints.save(tmp_path, {"model": {}, "epoch": 2}, is_best=True)
     assert sorted(os.listdir(tmp_path)) == sorted([LAST, BEST])
-    assert checkpoints.load(tmp_path / LAST)["epoch"] == checkpoints.load(tmp_path / BEST)["epoch"] == 1
+    assert weights.read(tmp_path / LAST)["epoch"] == weights.read(tmp_path / BEST)["epoch"] == 1
 
 
 class Hostile:
@@ -44,18 +44,16 @@ def test_bad_files_get_a_sentence_and_run_nothing(tmp_path, monkeypatch):
     torch.save({"model": {}, "x": Hostile()}, "hostile.pth")
     with open("pickle.pth", "wb") as file:
         pickle.dump(Hostile(), file)
-    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, "namespace.pth")
     torch.save({"model": {"w": torch.randn(1000)}}, "whole.pth")
     whole = open("whole.pth", "rb").read()
     open("truncated.pth", "wb").write(whole[:len(whole) // 2])
     open("empty.pth", "wb").close()
     open("text.pth", "w").write("not a checkpoint")
     torch.save([1, 2], "list.pth")
-    for name, sentence in {"hostile.pth": "other than tensors", "pickle.pth": "hostile|other than|damaged", "namespace.pth": "other than tensors",
-                           "truncated.pth": "damaged", "empty.pth": "damaged", "text.pth": "damaged", "list.pth": "no entry 'model'",
+    for name, sentence in {"hostile.pth": "other than tensors", "pickle.pth": "(posix|nt).system.*nothing in it was run", "truncated.pth": "damaged", "empty.pth": "damaged", "text.pth": "damaged", "list.pth": "holds a list",
                            "missing.pth": "there is no checkpoint missing.pth"}.items():
         with pytest.raises(CheckpointError, match=sentence) as caught:
-            checkpoints.load(name)
+            weights.read(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not os.path.exists("hostile_code_ran")
 
@@ -63,10 +61,10 @@ def test_bad_files_get_a_sentence_and_run_nothing(tmp_path, monkeypatch):
 def test_weights_of_another_model_are_refused_whole():
     model, before = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     model.load_state_dict(before.state_dict())
-    for weights, sentence in (({"weight": torch.ones(3, 2)}, "bias is missing"), ({**model.state_dict(), "x": torch.ones(1)}, "x is unknown"),
+    for found, sentence in (({"weight": torch.ones(3, 2)}, "bias is missing"), ({**model.state_dict(), "x": torch.ones(1)}, "x is unknown"),
                               ({"weight": torch.ones(4, 2), "bias": torch.ones(3)}, r"weight has shape \(4, 2\) instead of \(3, 2\)")):
         with pytest.raises(CheckpointError, match=sentence):
-            checkpoints.load_weights(model, weights, "file")
+            weights.load(model, found, "file")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
 

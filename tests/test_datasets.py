@@ -1,5 +1,6 @@
 """Data sets and the sentences that bad data gets."""
 
+import json
 import multiprocessing
 import pickle
 import socket
@@ -62,7 +63,8 @@ def closed_port(monkeypatch):
 
 
 def test_registry_names_and_errors():
-    assert {"CIFAR", "CIFAR10", "CIFAR100", "DIGITS", "Flowers102", "IMNET", "STL10", "SVHN"} <= set(DATASETS)
+    names = {"CIFAR", "CIFAR10", "CIFAR100", "DIGITS", "Flowers102", "IMNET", "INAT", "INAT19", "STL10", "SVHN"}
+    assert names <= set(DATASETS)
     with pytest.raises(ValueError, match="CIFAR10.*twice"):
         register_dataset("CIFAR10")(lambda args, download: None)
     message = error_of(make_args(data_set="MNIST"))
@@ -153,6 +155,106 @@ def test_bad_data_path_gets_one_sentence(tmp_path, monkeypatch):
         assert str(tmp_path / "file") in message and "is a file" in message
     message = error_of(make_args(data_set="IMNET", data_path=str(tmp_path / "absent")))
     assert str(tmp_path / "absent") in message and "does not exist" in message
+
+
+@pytest.mark.parametrize("folder", ["val/", "test/", ""])
+def test_eval_needs_only_validation_images(tmp_path, folder):
+    args = make_tree(tmp_path, [path.replace("val/", folder) for path in TREE if path.startswith("val/")])
+    args.eval, args.train_subset, args.val_subset = True, 1000, 4
+    train, val, classes = build_datasets(args)
+    assert (train, len(val), classes) == (None, 4, ["cat", "dog"])
+    images, targets = zip(*val)
+    assert {image.shape for image in images} == {(3, 32, 32)} and targets == (0, 0, 1, 1)
+    Path(tmp_path, folder, "dog/0.jpg").write_text("no image")
+    args.val_subset = None
+    assert f"{Path(tmp_path, folder)}/dog/0.jpg cannot be read" in error_of(args)
+
+
+def test_eval_reads_no_training_folder(tmp_path):
+    args = make_tree(tmp_path, [*TREE, "train/fox/0.jpg", "train/empty/"])
+    break_image(tmp_path / "train/cat/0.jpg", "text")
+    args.eval = True
+    train, val, classes = build_datasets(args)
+    assert (train, len(val), classes) == (None, 6, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("paths, words", [
+    (["train/cat/0.jpg"], ["no validation folder"]),    # train is not a class
+    ([], ["no validation folder", "has no class folders"]),
+    (["cat/0.jpg", "dog/"], ["no validation folder", "dog", "without any image"])])
+def test_bad_tree_for_eval_gets_one_sentence(tmp_path, paths, words):
+    args = make_tree(tmp_path, paths)
+    args.eval = True
+    message = error_of(args)
+    assert all(word in message for word in [*words, str(tmp_path)]), message
+
+
+def test_eval_of_a_data_set_with_a_fixed_split():
+    val = build_datasets(make_args())[1]
+    nothing, same, classes = build_datasets(make_args(eval=True, train_subset=10**6))
+    assert nothing is None and classes == list("0123456789")
+    np.testing.assert_array_equal(same.images, val.images)
+
+
+INSECT = "train_val2018/Insecta/"
+# category 2 comes first in training, then 0; 0 and 1 share the genus; no training image of 3
+INAT = {
+    "categories.json": [{"name": n, "genus": g} for n, g in (("ant", "A"), ("asp", "A"), ("bee", "B"), ("cow", "C"))],
+    "train2018.json": {"annotations": [{"category_id": c} for c in (2, 0, 2, 1)],
+                       "images": [{"file_name": f"{INSECT}{c}/t{i}.jpg"} for i, c in enumerate((0, 2, 1, 2))]},
+    "val2018.json": {"annotations": [], "images": [{"file_name": f"{INSECT}{c}/v.jpg"} for c in (1, 2)]}}
+
+
+def make_inat(root, folder=INSECT, data=INAT, **overrides):
+    make_tree(root, [image["file_name"].replace(INSECT, folder)
+                     for name in ("train2018.json", "val2018.json") for image in INAT[name]["images"]])
+    for name, content in data.items():
+        (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return make_args(**{"data_set": "INAT", "data_path": str(root), **overrides})
+
+
+@pytest.mark.parametrize("folder", [INSECT, "train_val2018/"])    # as published, as DeiT reads it
+@pytest.mark.parametrize("category, classes, targets", [
+    ("name", ["bee", "ant", "asp"], ([1, 0, 2, 0], [2, 0])), ("genus", ["B", "A"], ([1, 0, 1, 0], [1, 0]))])
+def test_inaturalist(tmp_path, folder, category, classes, targets):
+    args = make_inat(tmp_path, folder, inat_category=category)
+    train, val, found = build_datasets(args)
+    assert found == train.classes == classes and (train.targets.tolist(), val.targets.tolist()) == targets
+    assert [name.decode() for name in val.images] == [f"{folder}1/v.jpg", f"{folder}2/v.jpg"]
+    assert train[0][0].shape == (3, 32, 32)
+    (tmp_path / f"{folder}0/t0.jpg").unlink()
+    assert f"{folder}0/t0.jpg cannot be read" in error_of(args)
+    args.eval = True
+    train, val, found = build_datasets(args)
+    assert train is None and found == classes and val.targets.tolist() == targets[1]
+
+
+def test_inaturalist_2019_has_files_of_its_own(tmp_path):
+    data = {name.replace("2018", "2019"): content for name, content in INAT.items()}
+    assert build_datasets(make_inat(tmp_path, data=data, data_set="INAT19"))[2] == ["bee", "ant", "asp"]
+    assert "train2018.json" in error_of(make_args(data_set="INAT", data_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("is_eval", [False, True])
+@pytest.mark.parametrize("name", INAT)
+@pytest.mark.parametrize("content", [
+    None, "", "{", "7", "[7]", '{"images": [], "annotations": []}',
+    '{"annotations": [{"category_id": -1}], "images": [{"file_name": "a/b/-1/c.jpg"}]}',
+    '{"annotations": [{"category_id": 0}], "images": [{"file_name": "0.jpg"}]}'])
+def test_bad_inaturalist_json_is_named(tmp_path, name, content, is_eval):
+    args = make_inat(tmp_path, eval=is_eval)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    message = error_of(args)
+    assert name in message and str(tmp_path) in message, message
+
+
+def test_inaturalist_category_without_training_annotation(tmp_path):
+    data = {**INAT, "val2018.json": {"images": [{"file_name": "train_val2018/Mammalia/3/v.jpg"}]}}
+    message = error_of(make_inat(tmp_path, data=data, inat_category="genus"))
+    assert all(word in message for word in [str(tmp_path), "genus", "train2018.json", ": C"]), message
+    assert "categories.json" in error_of(make_inat(tmp_path, inat_category="family"))    # which has no family
 
 
 def break_image(path, how):
@@ -342,6 +444,11 @@ def test_images_and_labels_are_those_of_torchvision(tmp_path, monkeypatch, data_
         assert [target for _, target in part] == [target for _, target in expected]
         for (image, _), (wanted, _) in zip(part, expected):
             np.testing.assert_array_equal(image, wanted)
+    (tmp_path / "train_32x32.mat").unlink()
+    nothing, val, classes = build_datasets(make_args(data_set=data_set, data_path=str(tmp_path), eval=True))
+    assert nothing is None and classes == parts[2]
+    np.testing.assert_array_equal(val.images, parts[1].images)
+    np.testing.assert_array_equal(val.targets, parts[1].targets)
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE.name} is not there")

@@ -1,0 +1,61 @@
+"""From arguments to a model: built by timm, filled from a file, partly frozen."""
+import timm
+import torch
+from torch import nn
+
+import models  # noqa: F401  enters our names into timm's registry
+import weights
+from arguments import Arguments
+from utils import UserError, World, first_line
+
+
+def build_model(args: Arguments, num_classes: int | None, weights_follow: bool = False) -> nn.Module:
+    """The model of the arguments; with `weights_follow` neither downloaded nor initialised at length.
+
+    Raises: UserError if there is no such model, or not with these options or this image size.
+    """
+    cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
+    any_size = cfg is not None and (not cfg.fixed_input_size or cfg.input_size[-1] == args.input_size)
+    options = {"num_classes": num_classes, "drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None,
+               "img_size": None if any_size else args.input_size, "weight_init": args.init, **args.model_kwargs}
+    pretrained = args.pretrained and not weights_follow
+    if (weights_follow or pretrained) and "kat_" in args.model:
+        options["weight_init"] = "skip"
+    try:  # timm leaves out what is None
+        model = timm.create_model(args.model, pretrained=pretrained, **options)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        with torch.no_grad():  # a size that does not fit shows here, not after the data are loaded
+            model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError, ArithmeticError, IndexError) as error:
+        raise UserError(f"cannot build {args.model}: {first_line(error)}") from error
+    return model
+
+
+def outputs_of(checkpoint: dict | None, args: Arguments) -> int | None:
+    """Outputs of the classifier in a checkpoint; None, which stands for timm's own number, where there is none."""
+    if checkpoint is None:
+        return None
+    cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
+    names = (cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else (cfg.classifier,)) if cfg and cfg.classifier else ("head", "fc", "classifier")
+    return next((len(checkpoint["model"][f"{name}.weight"]) for name in names if f"{name}.weight" in checkpoint["model"]), None)
+
+
+def finetune(model: nn.Module, args: Arguments, world: World) -> None:
+    """Fill the model from --finetune wherever tensors fit, and list those that do not."""
+    chosen, which = weights.choose(weights.read(args.finetune), args.use_ema)
+    for line in weights.load_matching(model, chosen, f"{args.finetune} ({which} weights)"):
+        world.log(line)
+
+
+def freeze_all_but_attention(model: nn.Module) -> None:
+    """Leave attention, position embedding and classifier to be trained.
+
+    Raises: UserError for a model without blocks.*.attn.
+    Source: Touvron et al. 2022 (arXiv:2203.09795).
+    """
+    heads = {id(p) for name, module in model.named_children() if name.startswith(("head", "fc", "classifier")) for p in module.parameters()}
+    if not any(".attn." in name for name, _ in model.named_parameters()):
+        raise UserError("--attn-only needs a transformer with parameters named *.attn.*")
+    for name, p in model.named_parameters():
+        p.requires_grad_(".attn." in name or name == "pos_embed" or id(p) in heads)

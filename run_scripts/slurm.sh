@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains on one or more nodes under Slurm, one process for each GPU. From the repository root:
+#   sbatch --nodes=2 run_scripts/slurm.sh --model kat_base_patch16_224 --data-path /path/to/imagenet --output-dir out/kat_base ...
+# The arguments go to main.py. A job that is requeued, or submitted again after its time limit, goes on from the last checkpoint
+# in --output-dir. Options of sbatch before the script's name override these (a partition, --gpus-per-node=4, --time=24:00:00, ...).
+# The repository, its environment and the data must be on storage that all nodes see.
+#SBATCH --job-name=kan-vit
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+if [ ! "${SLURM_JOB_ID:-}" ] || [ ! -f "${SLURM_SUBMIT_DIR:-}/run_scripts/setup.sh" ]; then
+    echo "slurm.sh: submit it from the repository root: sbatch --nodes=2 run_scripts/slurm.sh --model ..." >&2
+    exit 2
+fi
+# shellcheck source=run_scripts/setup.sh
+source "$SLURM_SUBMIT_DIR/run_scripts/setup.sh"  # not beside this file: Slurm runs a copy of it
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((10000 + SLURM_JOB_ID % 20000))  # below the range that systems hand out by themselves
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}" \
+    "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node=gpu \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="${nodes[0]}:$port" \
+    "$ROOT/main.py" --resume auto "$@"
