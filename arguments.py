@@ -254,6 +254,7 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     args = parser.parse_intermixed_args(argv, Arguments())
     args.timm_style, args.data_path = args.data is not None, os.path.abspath(args.data or args.data_path)  # to be evaluated from any folder
     del args.data
+    args.pretrained = args.pretrained and not args.finetune  # KAT's scripts give --pretrained-path and --pretrained together
     if args.log_wandb and not args.run_name:
         args.run_name = os.path.basename(os.path.abspath(args.output_dir)) if args.output_dir else args.model
     _check(args)
@@ -264,7 +265,6 @@ def _check(a: Arguments) -> None:
     faults = [
         (a.eval and not a.resume and not a.pretrained, "--eval needs --resume FILE or --pretrained"
          + (" (--finetune is for training)" if a.finetune else "")),
-        (a.finetune and a.pretrained, "--finetune and --pretrained do not go together: choose the weights to start from"),
         (a.use_ema is not None and not (a.eval or a.finetune), "--use-ema chooses weights for --eval or --finetune"),
         (a.result and not a.eval, "--result belongs to --eval"),
         (a.cosub and a.distillation_type != "none", "--cosub and --distillation-type do not go together"),

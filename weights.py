@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def read(source: str | Path) -> dict:
             return _canonical(_read_npz(path), name)
         if path.suffix == ".safetensors":
             return _canonical(load_file(path), name)
-        with torch.serialization.safe_globals(SAFE):
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
             return _canonical(torch.load(path, map_location="cpu", weights_only=True), name)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)|([\w.]+) was not an allowed global", str(error))
@@ -142,7 +144,7 @@ def _renamed(weights: dict | None) -> dict | None:
 def _foreign_args(raw: dict, name: str) -> dict:
     theirs = raw.get("args") or {}
     theirs = {"arch": raw.get("arch"), **(vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs)}
-    args = {own: value for key, own in FOREIGN_ARGS.items() if (value := theirs.get(key)) not in (None, "")}
+    args = {own: value for key, own in FOREIGN_ARGS.items() if (value := theirs.get(key)) not in (None, "", {})}
     if isinstance(args.get("input_size"), (tuple, list)):
         args["input_size"] = args["input_size"][-1]
     if not timm.is_model(str(args.get("model", ""))):

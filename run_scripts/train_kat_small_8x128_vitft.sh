@@ -4,6 +4,6 @@
 # The ViT's weights (AugReg) are downloaded; CHECKPOINT=file takes them from there.
 #   DATA_PATH=/path/to/imagenet bash run_scripts/train_kat_small_8x128_vitft.sh [argument of main.py ...]
 set -euo pipefail
-AUGREG=https://storage.googleapis.com/vit_models/augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz
+AUGREG=https://storage.googleapis.com/vit_models/augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz
 exec bash "$(dirname "${BASH_SOURCE[0]}")/train_kat.sh" kat_small_swish_patch16_224 --drop-path 0.1 \
     --initial-checkpoint "${CHECKPOINT:-$AUGREG}" --output output/kat_small_swish_patch16_224_vitft "$@"
