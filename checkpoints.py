@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import utils
 import weights
@@ -60,13 +61,21 @@ def state_of(training: Training, epoch: int, rng: list, classes: list[str], args
             "args": args.plain(), "versions": utils.versions(), "classes": classes}
 
 
-def restore(training: Training, checkpoint: dict, args: Arguments, world: World) -> int:
-    """Put a training back where the checkpoint left it (the model's weights are loaded already); the epoch to go on with."""
+def restore(training: Training, checkpoint: dict, updates_per_epoch: int, args: Arguments, world: World) -> int:
+    """Put a training back where the checkpoint left it (the model's weights are loaded already); the epoch to go on with.
+
+    Of DeiT's, KArAt's, timm's and KAT's trainers: weights, averaged weights, optimizer and epoch; they keep no random states.
+    """
     if checkpoint.get("args", {}).get("opt", args.opt) != args.opt:
         raise CheckpointError(f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}")
-    missing = [k for k in ("optimizer", "epoch", "rng", "updates", "best") if k not in checkpoint]
+    missing = [k for k in ("optimizer", "epoch") if k not in checkpoint]
     if missing:
-        raise CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing)")
+        raise CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing); --finetune starts one from them")
+    if checkpoint.get("foreign"):
+        metric = checkpoint.get("metric")
+        best = training.best if metric is None else {"accuracy": float(metric), "weights": "raw", "epoch": checkpoint["epoch"]}
+        checkpoint |= {"optimizer": _renumbered(training, checkpoint, args), "updates": (checkpoint["epoch"] + 1) * updates_per_epoch,
+                       "scaler": {}, "schedule": {}, "best": best, "rng": []}
     wanted = [{k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")} for group in training.optimizer.param_groups]
     try:
         training.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -88,6 +97,33 @@ def restore(training: Training, checkpoint: dict, args: Arguments, world: World)
         utils.set_rng_state(checkpoint["rng"][world.rank], world.device)
     else:
         utils.seed_everything(args.seed + world.rank + 1000 * start)
-        world.log(f"note: the checkpoint is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}: random states start anew")
+        of = f"is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}" if checkpoint["rng"] else "has no random states"
+        world.log(f"note: the checkpoint {of}: they start anew")
     world.log(f"resumed after epoch {start} from {args.resume}")
     return start
+
+
+def _renumbered(training: Training, checkpoint: dict, args: Arguments) -> dict:
+    """The state of an optimizer of timm's or DeiT's trainer, in the order that the parameters have here.
+
+    Optimizers number parameters without naming them: first those without weight decay, in the order of the model, then the others.
+    """
+    theirs = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]]
+    frozen = set(training.model.no_weight_decay()) if hasattr(training.model, "no_weight_decay") else set()
+    parameters = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
+    ordered = [name for name in checkpoint["model"] if name in parameters]
+    plain = [name for name in ordered if parameters[name].ndim <= 1 or name.endswith(".bias") or name in frozen]
+    names = ordered if len(theirs) == 1 else plain + [name for name in ordered if name not in plain]
+    if sum(theirs) != len(names) or (len(theirs) > 1 and theirs != [len(plain), len(ordered) - len(plain)]):
+        raise CheckpointError(f"the optimizer in {args.resume} has groups of {theirs} parameters, which are not those of {args.model}; "
+                              "--finetune takes its weights alone")
+    number = {name: index for index, name in enumerate(names)}
+    own_names = {id(p): name for name, p in parameters.items()}
+    own = training.optimizer.state_dict()
+    order = [own_names[id(p)] for group in training.optimizer.param_groups for p in group["params"]]
+    state = checkpoint["optimizer"]["state"]
+    own["state"] = {index: state[number[name]] for index, name in enumerate(order) if number[name] in state}
+    for index, values in own["state"].items():
+        if any(isinstance(v, Tensor) and v.ndim and v.shape != parameters[order[index]].shape for v in values.values()):
+            raise CheckpointError(f"the optimizer in {args.resume} does not fit {order[index]} of {args.model}; --finetune takes its weights alone")
+    return own

@@ -143,7 +143,7 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     folder = Path(args.output_dir) if args.output_dir else None
     start_epoch, goes_on = args.start_epoch or 0, False
     if checkpoint is not None:
-        done = checkpoints.restore(training, checkpoint, args, world)
+        done = checkpoints.restore(training, checkpoint, -(-len(loader) // args.grad_accum_steps), args, world)
         start_epoch = done if args.start_epoch is None else args.start_epoch
         checkpoint.clear()  # its memory
         goes_on = folder is not None and Path(checkpoints.find(args.resume, args.output_dir)).resolve().parent == folder.resolve()

@@ -34,7 +34,7 @@ CHECKSUM = re.compile(r"[-_](?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")  # start of 
 SAFE = [argparse.Namespace, *((pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local"))]
 # what a foreign checkpoint says about its model; how it was trained stays its own trainer's affair
 FOREIGN_ARGS = {"model": "model", "arch": "model", "input_size": "input_size", "img_size": "input_size", "model_kwargs": "model_kwargs",
-                "mean": "mean", "std": "std", "crop_pct": "eval_crop_ratio", "eval_crop_ratio": "eval_crop_ratio"}
+                "opt": "opt", "mean": "mean", "std": "std", "crop_pct": "eval_crop_ratio", "eval_crop_ratio": "eval_crop_ratio"}
 NPZ_NAMES = re.compile(r"(opt/target/)?(cls|(embedding|head|Transformer/encoder_norm)/(kernel|bias|scale)|Transformer/posembed_input/pos_embedding|"
                        r"Transformer/encoderblock_\d+/.*)")
 
@@ -103,7 +103,7 @@ def _read_hub(name: str) -> dict:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     """Google's ViT files (AugReg): timm's loader fills a ViT of the file's own shape."""
-    with np.load(path, allow_pickle=False) as arrays:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
         kernel, position = arrays[f"{prefix}embedding/kernel"], arrays[f"{prefix}Transformer/posembed_input/pos_embedding"]
         block = f"{prefix}Transformer/encoderblock_0/"
@@ -131,7 +131,7 @@ def _canonical(raw: dict, name: str) -> dict:
         raise CheckpointError(f"{name} has no weights (no entry 'model' or 'state_dict')")
     state = {**raw, "model": _renamed(weights if weights is not None else ema), "model_ema": _renamed(ema)} if "versions" in raw else {
         "model": _renamed(weights if weights is not None else ema), "model_ema": _renamed(ema if weights is not None else None),
-        "args": _foreign_args(raw, name), "foreign": True}
+        "args": _foreign_args(raw, name), "foreign": True, **{key: raw[key] for key in ("optimizer", "epoch", "metric") if key in raw}}
     return state
 
 

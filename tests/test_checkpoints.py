@@ -1,10 +1,12 @@
+import argparse
 import os
-import pickle
 
 import pytest
+import timm
 import torch
 
 import checkpoints
+import main
 import weights
 from checkpoints import BEST, LAST, CheckpointError
 
@@ -49,3 +51,51 @@ def test_find(tmp_path):
     (tmp_path / LAST).touch()
     assert checkpoints.find("auto", str(tmp_path)) == tmp_path / LAST
     assert str(checkpoints.find("a/b.pth", "")) == "a/b.pth"
+
+
+@pytest.mark.parametrize("trainer", ["timm", "deit"])
+def test_a_training_of_another_trainer_goes_on(tmp_path, monkeypatch, trainer, capfd):
+    """Its parameters are numbered in the order of KAT's published module: fc1, act1, act2, fc2."""
+    torch.manual_seed(0)
+    model = timm.create_model("kat_micro_patch8_32", num_classes=10)
+    ranks = {"norm1": 0, "attn": 1, "norm2": 2, "fc1": 3, "act1": 4, "act2": 5, "fc2": 6}
+    names = sorted(dict(model.named_parameters()), key=lambda n: (n.startswith(("norm", "head")), "blocks" in n and int(n.split(".")[1]) + 1,
+                                                                  next((r for key, r in ranks.items() if "blocks" in n and key in n), 0)))
+    own = dict(model.named_parameters())
+    plain = [n for n in names if own[n].ndim == 1 or n in ("cls_token", "pos_embed")]
+    groups = [{"params": [own[n] for n in plain], "weight_decay": 0.0}, {"params": [own[n] for n in names if n not in plain], "weight_decay": 0.05}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for _ in range(3):
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights_of = {n: own[n].detach().clone() for n in names}
+    settings = argparse.Namespace(model="kat_micro_patch8_32", input_size=32 if trainer == "deit" else (3, 32, 32), opt="adamw", lr=1e-3)
+    content = {"optimizer": optimizer.state_dict(), "epoch": 4, "args": settings}
+    content |= ({"model": weights_of, "model_ema": weights_of, "lr_scheduler": {}} if trainer == "deit" else
+                {"state_dict": {f"module.{n}": v for n, v in weights_of.items()}, "arch": "kat_micro_patch8_32", "metric": 12.5, "version": 2})
+    torch.save(content, tmp_path / "theirs.pth")
+    seen = []
+
+    def stop(training, *rest):
+        seen.append((training, rest[1]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "train_one_epoch", stop)
+    flags = ["--resume", str(tmp_path / "theirs.pth"), "--data-set", "DIGITS", "--train-subset", "96", "--batch-size", "32", "--no-repeated-aug",
+             "--num-workers", "0", "--device", "cpu", "--epochs", "9"]
+    assert main.main([*flags, "--decay-rational"]) == 130
+    (training, epoch), = seen
+    assert epoch == 4 + 1 and training.updates == 15 and training.best["accuracy"] == (12.5 if trainer == "timm" else -1)
+    for name, p in training.model.named_parameters():
+        assert torch.equal(p, weights_of[name])
+        for key, value in optimizer.state[own[name]].items():
+            assert torch.equal(training.optimizer.state[p][key], value), (name, key)
+    assert main.main(flags) == 130  # here without decay of the coefficients: other groups, the same states
+    assert all(torch.equal(seen[1][0].optimizer.state[p]["exp_avg"], optimizer.state[own[n]]["exp_avg"]) for n, p in seen[1][0].model.named_parameters())
+    capfd.readouterr()
+    del content["optimizer"]["param_groups"][0]["params"][0]
+    torch.save(content, tmp_path / "theirs.pth")
+    assert main.main(flags) == 2 and main.main([*flags, "--opt", "sgd"]) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert "which are not those of kat_micro_patch8_32" in errors[0] and "was trained with --opt adamw" in errors[1]
