@@ -1,4 +1,5 @@
 """tools/convert.py and tools/predict.py on real files with micro models."""
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -119,7 +120,7 @@ def test_a_vit_becomes_a_kat_of_the_same_outputs(tmp_path, capsys):
     kat, checkpoint = rebuilt(tmp_path / "kat.pth")
     assert checkpoint["args"]["model"] == "kat_micro_gelu_patch8_32"
     assert_same_outputs(kat, vit, 1e-2)
-    assert (kat(IMAGES) - vit(IMAGES)).abs().max() < 0.1 * vit(IMAGES).std()
+    assert (kat(IMAGES) - vit(IMAGES)).abs().max() < 0.2 * vit(IMAGES).std()  # no weights in common: more than 1
 
 
 def test_options_reshape_the_model(tmp_path):
@@ -253,11 +254,14 @@ def test_what_cannot_be_predicted_is_one_sentence(tmp_path, monkeypatch, capsys,
 
 
 def test_both_run_from_any_folder(tmp_path):
-    source = timm_file(tmp_path / "a.pth.tar", make())
+    timm_file(tmp_path / "a.pth.tar", make())
+    forced(tmp_path / "own.pth", 2)
     png(tmp_path / "a.png")
-    for tool, arguments, rc in (("convert", [source.name, "ours.pth"], 0), ("predict", ["a.png", "--checkpoint", "ours.pth", "--device", "cpu"], 0),
-                                ("convert", [source.name, "ours.pth"], 2)):
-        done = subprocess.run([sys.executable, str(ROOT / f"tools/{tool}.py"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == rc, done.stderr
-        assert done.stdout.startswith("a.png\n" if tool == "predict" else "" if rc else "40 of 40 tensors taken from a.pth.tar (raw weights)\n")
-        assert "Traceback" not in done.stderr and bool(done.stderr) == bool(rc)
+    arguments = {"convert": ["a.pth.tar", "ours.pth"], "predict": ["a.png", "none.png", "--checkpoint", "own.pth", "--device", "cpu"]}
+    running = {tool: subprocess.Popen([sys.executable, str(ROOT / f"tools/{tool}.py"), *rest], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for tool, rest in arguments.items()}
+    done = {tool: (*process.communicate(timeout=120), process.returncode) for tool, process in running.items()}
+    out, err, rc = done["convert"]
+    assert (rc, err) == (0, "") and out.startswith("40 of 40 tensors taken from a.pth.tar (raw weights)\n") and (tmp_path / "ours.pth").is_file()
+    out, err, rc = done["predict"]
+    assert rc == 2 and "a.png\n 100.00 %  class 2\n" in out and err.startswith("error: none.png cannot be read") and err.count("\n") == 1

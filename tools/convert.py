@@ -52,7 +52,7 @@ def describe(checkpoint: dict, options: Namespace, source: str) -> Arguments:
 
     Raises: UserError if nothing names the model, or the options contradict each other.
     """
-    known = {key: value for key in DESCRIPTION if (value := checkpoint.get("args", {}).get(key)) is not None}
+    known = {key: value for key in DESCRIPTION if (value := (checkpoint.get("args") or {}).get(key)) is not None}
     name = known.get("model") or options.model
     if not name:
         raise UserError(f"{source} does not say which model it is of: name it with --model")
