@@ -101,7 +101,8 @@ def get_args_parser() -> Parser:
     g.add_argument("--pin-mem", action=switch, default=True, help="page-locked host memory for faster copies to a GPU")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", "-m", default="kat_tiny_patch16_224", help="a kat_* or flash_kat_* name or any timm model")
+    g.add_argument("--model", "-m", help="a kat_* or flash_kat_* name or any timm model (default: that of --resume or --finetune, else "
+                   "kat_tiny_patch16_224)")
     g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="further options of the model")
     g.add_argument("--nb-classes", "--num-classes", type=int, help="outputs of the classifier (default: the classes of the data, to evaluate those of "
                    "the weights)")
@@ -227,7 +228,9 @@ def get_args_parser() -> Parser:
 
 
 def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
-    """Parse and check the command line. `load(args)` reads the checkpoint that --resume names, whose settings become the defaults.
+    """Parse and check the command line. `load(args)` reads the checkpoint that --resume or --finetune names, whose settings become the defaults.
+
+    Of a foreign checkpoint, and of the one that --finetune names where --model is not given, only those of the model and its images.
 
     Returns: the frozen arguments and the checkpoint, if any.
     Raises: UserError, one sentence, for flags that contradict each other.
@@ -242,13 +245,18 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     if first.data and first.data_path:
         raise UserError(f"the data are in two places, {first.data} and --data-path {first.data_path}: name one")
     folder = first.data or first.data_path
-    parser.set_defaults(data_set="IMNET" if folder else "DIGITS", data_path="./data", **(TIMM_DEFAULTS if first.data else {}))
+    parser.set_defaults(data_set="IMNET" if folder else "DIGITS", data_path="./data", model="kat_tiny_patch16_224", **(TIMM_DEFAULTS if first.data else {}))
     checkpoint = load(first)
     if first.eval and first.resume == "auto" and checkpoint is None:
         raise UserError(f"--resume auto finds no checkpoint in {first.output_dir or 'an empty --output-dir'}")
     if checkpoint is not None:
         known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if first.eval else set())
-        theirs = checkpoint.get("args", {})
+        theirs = checkpoint.get("args") or {}
+        if checkpoint.get("finetune"):
+            theirs = {} if first.model else {key: theirs[key] for key in ("model", "model_kwargs", "input_size") if key in theirs}
+        elif checkpoint.get("foreign") and (cfg := timm.get_pretrained_cfg(first.model or theirs.get("model") or "", allow_unregistered=True)):
+            theirs = {"mean": list(cfg.mean), "std": list(cfg.std), "eval_crop_ratio": cfg.crop_pct, "interpolation": cfg.interpolation,
+                      "input_size": cfg.input_size[-1], **theirs}
         known -= {"data_set"} if first.data or (folder and theirs.get("data_set") == "DIGITS") else set()
         parser.set_defaults(**{k: v for k, v in theirs.items() if k in known})
     args = parser.parse_intermixed_args(argv, Arguments())

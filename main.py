@@ -29,7 +29,7 @@ from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
-from models.build import build_model, finetune, freeze_all_but_attention, outputs_of
+from models.build import build_model, freeze_all_but_attention, outputs_of
 from samplers import ExactEvalBatchSampler, train_sampler
 from transforms import DeviceLoader, build_loader
 from utils import UserError, World, first_line
@@ -37,7 +37,7 @@ from utils import UserError, World, first_line
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        args, checkpoint = parse(argv, _load_resumed)
+        args, checkpoint = parse(argv, load_start)
         run(args, checkpoint, utils.init_world(args.device, args.dist_url))
         return 0
     except (UserError, DataError) as error:
@@ -55,8 +55,11 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
 
 
-def _load_resumed(args: Arguments) -> dict | None:
+def load_start(args: Arguments) -> dict | None:
+    """The checkpoint that a command goes on from, evaluates, or (where there is none to go on from) starts from by --finetune."""
     path = checkpoints.find(args.resume, args.output_dir)
+    if path is None and args.finetune and not args.eval:
+        return {**weights.read(args.finetune), "finetune": True}
     return weights.read(path) if path else None
 
 
@@ -70,6 +73,7 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
     if amp == "fp16" and world.device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     train_set, val_set, classes = build_datasets(args, world.rank, world.world_size)
+    start, checkpoint = (checkpoint, None) if checkpoint and checkpoint.get("finetune") else (None, checkpoint)
     trained_on = (checkpoint or {}).get("classes")
     model = build_model(args, args.nb_classes or (outputs_of(checkpoint, args) if args.eval else len(classes)), weights_follow=checkpoint is not None)
     world.log(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.input_size} pixels, amp {amp}")
@@ -85,8 +89,10 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         world.log(f"note: {note}")
     if checkpoint is not None and not args.eval:
         weights.load(model, checkpoint["model"], args.resume)
-    elif args.finetune:
-        finetune(model, args, world)
+    elif start is not None:
+        chosen, which = weights.choose(start, args.use_ema)
+        world.log(*weights.load_matching(model, chosen, f"{args.finetune} ({which} weights)"), sep="\n")
+        start.clear()  # its memory
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(world.device)
@@ -113,7 +119,8 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: Devic
             own = checkpoint["model"]
         else:
             models, chosen = {which: model}, which
-        weights.load(model, own, args.resume, resample=True)
+        if resampled := weights.load(model, own, args.resume, resample=True):
+            world.log(f"note: resampled {', '.join(resampled)}")
     results = evaluate(models, loader, amp, world)
     if len(results) > 1:
         best = checkpoint.get("best", {})  # of this checkpoint's epoch, else the higher of the two

@@ -40,9 +40,9 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def log(self, *message) -> None:
+    def log(self, *message, sep: str = " ") -> None:
         if self.is_main:
-            print(*message, flush=True)
+            print(*message, sep=sep, flush=True)
 
     def all_sum(self, *values: float) -> list[float]:
         """Element-wise sums over all processes, in float64."""
@@ -74,10 +74,10 @@ def init_world(device: str, dist_url: str = "env://") -> World:
         device = f"cuda:{local_rank}"
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device} is no device: cuda, cuda:N or cpu") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--device {device} is no device of this machine: cuda, cuda:N or cpu") from error
     if world_size > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", dist_url, timeout=timedelta(minutes=30), rank=rank, world_size=world_size)

@@ -129,10 +129,11 @@ def _canonical(raw: dict, name: str) -> dict:
         weights = raw
     if weights is None and ema is None:
         raise CheckpointError(f"{name} has no weights (no entry 'model' or 'state_dict')")
-    state = {**raw, "model": _renamed(weights if weights is not None else ema), "model_ema": _renamed(ema)} if "versions" in raw else {
-        "model": _renamed(weights if weights is not None else ema), "model_ema": _renamed(ema if weights is not None else None),
-        "args": _foreign_args(raw, name), "foreign": True, **{key: raw[key] for key in ("optimizer", "epoch", "metric") if key in raw}}
-    return state
+    state = {"model": _renamed(weights if weights is not None else ema), "model_ema": _renamed(ema)}
+    if "versions" in raw:
+        return {**raw, **state}
+    return {**state, "args": _foreign_args(raw, state["model"], name), "foreign": True,
+            **{key: raw[key] for key in ("optimizer", "epoch", "metric") if key in raw}}
 
 
 def _renamed(weights: dict | None) -> dict | None:
@@ -141,15 +142,26 @@ def _renamed(weights: dict | None) -> dict | None:
                         for name, value in weights.items() if isinstance(value, Tensor)}
 
 
-def _foreign_args(raw: dict, name: str) -> dict:
+def _foreign_args(raw: dict, tensors: dict[str, Tensor], name: str) -> dict:
     theirs = raw.get("args") or {}
     theirs = {"arch": raw.get("arch"), **(vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs)}
     args = {own: value for key, own in FOREIGN_ARGS.items() if (value := theirs.get(key)) not in (None, "", {})}
     if isinstance(args.get("input_size"), (tuple, list)):
         args["input_size"] = args["input_size"][-1]
+    args.setdefault("input_size", _implied_size(tensors))
     if not timm.is_model(str(args.get("model", ""))):
         args["model"] = model_in(name)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in args.items() if value is not None}
+
+
+def _implied_size(tensors: dict[str, Tensor]) -> int | None:
+    """Side of the square images that a position embedding is for, pixels."""
+    position, patch = tensors.get("pos_embed"), tensors.get("patch_embed.proj.weight")
+    if position is None or patch is None or position.ndim != 3 or patch.ndim != 4:
+        return None
+    first = sum(tensors[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in tensors)
+    grid = next((math.isqrt(n) for n in (position.shape[1] - first, position.shape[1]) if n > 0 and math.isqrt(n) ** 2 == n), None)
+    return grid and grid * patch.shape[-1]
 
 
 def model_in(source: str) -> str | None:
@@ -173,13 +185,14 @@ def choose(checkpoint: dict, use_ema: bool | None) -> tuple[dict[str, Tensor], s
     return (checkpoint["model_ema"], "EMA") if use_ema else (checkpoint["model"], "raw")
 
 
-def load(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False) -> None:
+def load(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False) -> list[str]:
     """Load all weights or none; with `resample`, position and patch embeddings may be of another size.
 
+    Returns: what was resampled.
     Raises: CheckpointError naming the first tensors that are missing, unknown or of another shape.
     """
     own = model.state_dict()
-    weights = _resampled(model, weights, source) if resample else weights
+    given, weights = weights, _resampled(model, weights, source) if resample else weights
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is unknown to the model" for name in weights if name not in own]
     faults += [f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
@@ -188,6 +201,8 @@ def load(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resam
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{source} does not fit the model{_other_model(model, source)}: {'; '.join(faults[:3])}{more}")
     model.load_state_dict(weights)
+    return [f"{name} {tuple(value.shape)} -> {tuple(weights[name].shape)}" for name, value in given.items()
+            if name in weights and value.shape != weights[name].shape]
 
 
 def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> list[str]:

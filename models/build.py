@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 import models  # noqa: F401  enters our names into timm's registry
-import weights
 from arguments import Arguments
-from utils import UserError, World, first_line
+from utils import UserError, first_line
 
 
 def build_model(args: Arguments, num_classes: int | None, weights_follow: bool = False) -> nn.Module:
@@ -39,13 +38,6 @@ def outputs_of(checkpoint: dict | None, args: Arguments) -> int | None:
     cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
     names = (cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else (cfg.classifier,)) if cfg and cfg.classifier else ("head", "fc", "classifier")
     return next((len(checkpoint["model"][f"{name}.weight"]) for name in names if f"{name}.weight" in checkpoint["model"]), None)
-
-
-def finetune(model: nn.Module, args: Arguments, world: World) -> None:
-    """Fill the model from --finetune wherever tensors fit, and list those that do not."""
-    chosen, which = weights.choose(weights.read(args.finetune), args.use_ema)
-    for line in weights.load_matching(model, chosen, f"{args.finetune} ({which} weights)"):
-        world.log(line)
 
 
 def freeze_all_but_attention(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ import transforms
 from arguments import get_args_parser
 from losses import CosubLoss
 from models.kat import KAT
+from utils import RUN_FILES
 
 DEIT = """--batch-size --epochs --bce-loss --unscale-lr --model --input-size --drop --drop-path --model-ema --no-model-ema --model-ema-decay
 --model-ema-force-cpu --opt --opt-eps --opt-betas --clip-grad --momentum --weight-decay --sched --lr --lr-noise --lr-noise-pct --lr-noise-std
@@ -37,7 +38,7 @@ BASE = """--model kat_micro_patch8_32 --model-kwargs depth=1 embed_dim=32 num_he
 --num-workers 0 --epochs 10"""
 RATE_1 = "--unscale-lr --lr 1 --warmup-epochs 0"
 TEACHER = "--teacher-model kat_micro_patch8_32 --teacher-path @teacher.pth"
-LAST = "@run/checkpoint.pth"
+LAST, FOUR = "@run/checkpoint.pth", "--train-subset 4 --val-subset 4"
 
 
 def build(folder, command: str) -> SimpleNamespace:
@@ -99,15 +100,13 @@ def folder(tmp_path_factory):
 
 
 def rates(b, metric=None):
-    """The learning rate of every epoch; 1 at the beginning with RATE_1."""
-    def rate(epoch):
-        b.training.scheduler.step(epoch, metric if epoch else None)
-        return b.groups[0]["lr"]
-    return [rate(epoch) for epoch in b.epochs]
-
-
-def noise(b):
-    return [abs(rate - 1) for rate in rates(b)]
+    """The learning rate of every epoch, stepped as run_epochs does; with RATE_1 the first is 1."""
+    if not hasattr(b, "rates"):
+        b.rates = []
+        for epoch in b.epochs:
+            b.rates.append(b.groups[0]["lr"])
+            b.training.scheduler.step(epoch + 1, metric)
+    return b.rates
 
 
 def step(b):
@@ -119,18 +118,9 @@ def step(b):
     return {name: (before[name], p.detach()) for name, p in b.model.named_parameters()}, images
 
 
-def moved(b):
-    return math.sqrt(sum((after - before).square().sum().item() for before, after in step(b)[0].values()))
-
-
-def trains(b):
-    step(b)
-    return b.model.training
-
-
 def same(model, weights):
-    weights = torch.load(weights, weights_only=True) if isinstance(weights, os.PathLike) else weights
-    own = model.state_dict()
+    """Whether the weights, or those in the file, are the model's."""
+    weights, own = torch.load(weights) if isinstance(weights, os.PathLike) else weights, model.state_dict()
     return own.keys() == weights.keys() and all(torch.equal(own[name], weights[name]) for name in own)
 
 
@@ -138,8 +128,8 @@ def mixed(b):
     return b.training.mixup(torch.randn(64, 3, 32, 32), torch.arange(64) % 10)[1]
 
 
-def step_of(steps, kind):
-    return next((step for step in steps if isinstance(step, kind)), None)
+def part(b, kind):
+    return next((step for step in b.steps if isinstance(step, kind)), None)
 
 
 def pins(b):
@@ -160,29 +150,19 @@ def timm_style(b):
     scheduler = b.training.scheduler
     return (b.classes == ["cat", "dog"] and "learning rate 0.0005 (not scaled, as in timm's and KAT's scripts" in b.out
             and (scheduler.warmup_lr_init, scheduler.lr_min) == (1e-5, 0) and rates(b)[0] == 1e-5
-            and len(b.steps[0].interpolation) == 2 and max(Counter(b.sampler).values()) == 1 and decayed.count((1, 6)) == 2)
+            and len(b.steps[0].interpolation) == 2 and sorted(b.sampler) == [0, 1, 2, 3] and decayed.count((1, 6)) == 2)
 
 
-def result(b):
-    return json.loads(b.out.split("--result\n")[1])
-
-
-def files(name):
-    return lambda b: {"args.json", "log.txt", "speed.txt", "checkpoint.pth", "best_checkpoint.pth", "curves.png"} <= set(os.listdir(b.at / name))
-
-
-# (flag, values, what then holds and without the flag does not, what else both are given, what stands in the flag's place without it)
+# (flags, values, what then holds and without the flag does not, what else both are given, what stands in the flag's place without it)
 TABLE = [
-    ("--batch-size", "16", lambda b: b.batches.batch_size == 16 and len(b.loader) == 4),
-    ("-b", "16", lambda b: b.batches.batch_size == 16 and len(b.loader) == 4),
+    ("--batch-size -b", "16", lambda b: b.batches.batch_size == 16 and len(b.loader) == 4),
     ("--epochs", "7", lambda b: b.epochs == range(7) and b.training.scheduler.t_initial == 7),
     ("--bce-loss", "", lambda b: isinstance(b.training.criterion, nn.BCEWithLogitsLoss) and mixed(b).min() == 0),
     ("--unscale-lr", "", lambda b: b.groups[0]["initial_lr"] == 1e-3 and "learning rate 0.001 (not scaled;" in b.out, "--lr 1e-3"),
     ("--lr", "1e-3", lambda b: b.groups[0]["initial_lr"] == 1.25e-4 and "learning rate 0.000125 (base 0.001 x 64 / 512" in b.out),
     ("--model", "vit_micro_patch8_32", lambda b: not isinstance(b.model, KAT) and b.model.blocks[0].mlp.fc1.in_features == 32),
     ("--model-kwargs", "depth=3 num_heads=4", lambda b: len(b.model.blocks) == 3 and b.model.blocks[0].attn.num_heads == 4),
-    ("--num-classes", "12", lambda b: b.model.head.out_features == b.training.num_classes == mixed(b).shape[1] == 12),
-    ("--nb-classes", "12", lambda b: b.model.head.out_features == b.training.num_classes == mixed(b).shape[1] == 12),
+    ("--num-classes --nb-classes", "12", lambda b: b.model.head.out_features == b.training.num_classes == mixed(b).shape[1] == 12),
     ("--input-size", "48", lambda b: b.model.patch_embed.img_size == (48, 48) and next(iter(b.loader))[0].shape[2:] == (48, 48)),
     ("--drop", "0.3", lambda b: b.model.head_drop.p == 0.3),
     ("--drop-path", "0.3", lambda b: [getattr(x.drop_path1, "drop_prob", 0) for x in b.model.blocks] == pytest.approx([0, 0.15, 0.3]),
@@ -190,17 +170,18 @@ TABLE = [
     ("--model-ema", "", lambda b: same(b.training.ema.module, b.model.state_dict()), "", "--no-model-ema"),
     ("--no-model-ema", "", lambda b: b.training.ema is None),
     ("--model-ema-decay", "0.9", lambda b: b.training.ema.get_decay(3) == b.training.ema.get_decay(10**7) == 0.9),
-    ("--model-ema-force-cpu", "", lambda b: b.training.ema.device == torch.device("cpu")),
+    ("--model-ema-force-cpu", "", lambda b: str(b.training.ema.device) == "cpu"),
     ("--opt", "sgd", lambda b: isinstance(b.optimizer, torch.optim.SGD)),
     ("--opt-eps", "1e-4", lambda b: {group["eps"] for group in b.groups} == {1e-4}),
     ("--opt-betas", "0.7 0.8", lambda b: {group["betas"] for group in b.groups} == {(0.7, 0.8)}),
     ("--momentum", "0.5", lambda b: {group["momentum"] for group in b.groups} == {0.5}, "--opt sgd"),
     ("--weight-decay", "0.3", lambda b: {group["weight_decay"] for group in b.groups} == {0, 0.3}),
-    ("--clip-grad", "1e-3", lambda b: moved(b) == pytest.approx(1e-3, rel=0.01), f"{RATE_1} --opt sgd --momentum 0 --weight-decay 0"),
+    ("--clip-grad", "1e-3", lambda b: math.hypot(*((q - p).norm() for p, q in step(b)[0].values())) == pytest.approx(1e-3, rel=0.01),
+     f"{RATE_1} --opt momentum --momentum 0 --weight-decay 0"),
     ("--sched", "step", lambda b: rates(b)[-4:] == [0.5] * 4 and len(set(rates(b))) == 2, f"{RATE_1} --decay-rate 0.5 --decay-epochs 6"),
-    ("--lr-noise", "0.2 0.5", lambda b: [x > 0 for x in noise(b)] == [2 <= t < 5 for t in range(10)], f"{RATE_1} --sched step"),
-    ("--lr-noise-pct", "0.05", lambda b: 0 < max(noise(b)) < 0.05, f"{RATE_1} --sched step --lr-noise 0"),
-    ("--lr-noise-std", "1e-3", lambda b: 0 < max(noise(b)) < 0.01, f"{RATE_1} --sched step --lr-noise 0"),
+    ("--lr-noise", "0.2 0.5", lambda b: [rate != 1 for rate in rates(b)] == [2 <= t < 5 for t in range(10)], f"{RATE_1} --sched step"),
+    ("--lr-noise-pct", "0.05", lambda b: 0.95 < min(rates(b)) < 1, f"{RATE_1} --sched step --lr-noise 0"),
+    ("--lr-noise-std", "1e-3", lambda b: 0.99 < min(rates(b)) < 1, f"{RATE_1} --sched step --lr-noise 0"),
     ("--warmup-lr", "0.5", lambda b: rates(b)[:2] == [0.5, 0.75], "--unscale-lr --lr 1 --warmup-epochs 2"),
     ("--warmup-epochs", "2", lambda b: rates(b)[:3] == pytest.approx([0.5, 0.75, rates(b)[2]]) and rates(b)[2] > 0.9,
      "--unscale-lr --lr 1 --warmup-lr 0.5"),
@@ -208,19 +189,19 @@ TABLE = [
     ("--cooldown-epochs", "3", lambda b: b.epochs == range(13) and rates(b)[10:] == [1e-5] * 3, RATE_1),
     ("--decay-epochs", "2", lambda b: rates(b)[:5] == pytest.approx([1, 1, 0.1, 0.1, 0.01]), f"{RATE_1} --sched step"),
     ("--patience-epochs", "1", lambda b: rates(b, 50.0)[:5] == pytest.approx([1, 1, 1, 0.1, 0.1]), f"{RATE_1} --sched plateau"),
-    *((flag, "0.5", lambda b: rates(b)[:5] == [1, 1, 0.5, 0.5, 0.25], f"{RATE_1} --sched step --decay-epochs 2") for flag in ("--decay-rate", "--dr")),
-    ("--color-jitter", "0.4", lambda b: step_of(b.steps, T.ColorJitter).brightness == pytest.approx((0.6, 1.4)), "--aa none"),
-    ("--aa", "rand-m5-n3", lambda b: (policy := step_of(b.steps, RandAugment)).num_layers == 3 and policy.ops[0].magnitude == 5),
-    ("--ThreeAugment", "", lambda b: len(step_of(b.steps, AutoAugment).policy) == 3 and step_of(b.steps, T.ColorJitter)),
-    ("--src", "", lambda b: step_of(b.steps, T.RandomCrop).padding_mode == "reflect"),
+    ("--decay-rate --dr", "0.5", lambda b: rates(b)[:5] == [1, 1, 0.5, 0.5, 0.25], f"{RATE_1} --sched step --decay-epochs 2"),
+    ("--color-jitter", "0.4", lambda b: part(b, T.ColorJitter).brightness == pytest.approx((0.6, 1.4)), "--aa none"),
+    ("--aa", "rand-m5-n3", lambda b: (policy := part(b, RandAugment)).num_layers == 3 and policy.ops[0].magnitude == 5),
+    ("--ThreeAugment", "", lambda b: len(part(b, AutoAugment).policy) == 3 and part(b, T.ColorJitter)),
+    ("--src", "", lambda b: part(b, T.RandomCrop).padding_mode == "reflect"),
     ("--train-interpolation", "bilinear", lambda b: b.steps[0].interpolation == T.InterpolationMode.BILINEAR),
     ("--train-interpolation", "random", lambda b: len(b.steps[0].interpolation) == 2, "--input-size 64"),
     ("--smoothing", "0.3", lambda b: mixed(b).min().item() == pytest.approx(0.03)),
     ("--smoothing", "0.3", lambda b: b.training.criterion.smoothing == 0.3, "--mixup 0 --cutmix 0"),
     ("--repeated-aug", "", lambda b: set(Counter(b.sampler).values()) == {1, 3}, "", "--no-repeated-aug"),
     ("--no-repeated-aug", "", lambda b: sorted(b.sampler) == list(range(64))),
-    ("--train-mode", "", trains, "", "--no-train-mode"),
-    ("--no-train-mode", "", lambda b: not trains(b)),
+    ("--train-mode", "", lambda b: step(b) and b.model.training, "", "--no-train-mode"),
+    ("--no-train-mode", "", lambda b: step(b) and not b.model.training),
     ("--reprob", "0.7", lambda b: b.loader.random_erasing.probability == 0.7),
     ("--remode", "const", lambda b: not b.loader.random_erasing.per_pixel and not b.loader.random_erasing.rand_color),
     ("--remode", "rand", lambda b: b.loader.random_erasing.rand_color),
@@ -242,33 +223,32 @@ TABLE = [
     ("--distillation-alpha", "0.2", lambda b: b.training.criterion.alpha == 0.2, f"{TEACHER} --distillation-type soft"),
     ("--distillation-tau", "3", lambda b: b.training.criterion.tau == 3, f"{TEACHER} --distillation-type soft"),
     ("--cosub", "", lambda b: isinstance(b.training.criterion, CosubLoss) and step(b)[1] == [128]),
-    *((flag, "@weights.pth", lambda b: same(b.model, b.at / "weights.pth")) for flag in ("--finetune", "--initial-checkpoint", "--pretrained-path")),
+    ("--finetune --initial-checkpoint --pretrained-path", "@weights.pth", lambda b: same(b.model, b.at / "weights.pth")),
     ("--pretrained-path", "@weights.pth", lambda b: same(b.model, b.at / "weights.pth"), "--pretrained"),
     ("--pretrained", "", lambda b: same(b.model, b.at / "weights.pth"),
      "--model-kwargs depth=1 embed_dim=32 num_heads=2 pretrained_cfg_overlay={'file':'@weights.pth','num_classes':10}"),
     ("--attn-only", "", only_attention),
-    ("--data-path", "@tree", lambda b: b.classes == ["cat", "dog"]),
-    ("--data-set", "DIGITS", lambda b: b.classes == list("0123456789"), "--data-path @tree"),
-    ("--inat-category", "genus", lambda b: b.classes == ["A"], "--data-set INAT --data-path @inat"),
-    ("DATA", "@tree", timm_style, "--input-size 64"),
+    ("--data-path", "@tree", lambda b: b.classes == ["cat", "dog"], FOUR),
+    ("--data-set", "DIGITS", lambda b: b.classes == list("0123456789"), f"--data-path @tree {FOUR}"),
+    ("--inat-category", "genus", lambda b: b.classes == ["A"], "--data-set INAT --data-path @inat --train-subset 2 --val-subset 2"),
+    ("DATA", "@tree", timm_style, f"--input-size 64 {FOUR}"),
     ("--mean", "0.4 0.5 0.6", lambda b: (b.loader.mean.flatten() / 255).tolist() == pytest.approx([0.4, 0.5, 0.6])),
     ("--std", "0.4 0.5 0.6", lambda b: (b.val_loader.std.flatten() / 255).tolist() == pytest.approx([0.4, 0.5, 0.6])),
-    *((flag, "0.5", lambda b: b.eval_steps[0].size == 128, "--input-size 64") for flag in ("--eval-crop-ratio", "--crop-pct")),
-    ("--output_dir", "@new1", files("new1"), "--epochs 1"),
-    ("--output", "@new2", files("new2"), "--epochs 1"),
+    ("--eval-crop-ratio --crop-pct", "0.5", lambda b: b.eval_steps[0].size == 128, "--input-size 64"),
+    ("--output_dir --output", "@new", lambda b: set(RUN_FILES) <= set(os.listdir(b.args.output_dir or ".")), "--epochs 1"),
     ("--device", "cpu", lambda b: next(b.model.parameters()).device.type == "cpu" and "No CUDA GPU" not in b.out, "", "--device cuda"),
     ("--seed", "7", lambda b: same(b.model, b.at / "weights.pth") and list(b.sampler) == list(build(b.at, f"{BASE} --seed 7").sampler)),
     ("--resume", LAST, lambda b: b.epochs == range(1, 10) and same(b.model, torch.load(b.at / "run/checkpoint.pth")["model"])),
     ("--checkpoint", LAST, lambda b: b.code == 0 and "raw weights: Acc@1" in b.out, "--eval"),
-    ("--start_epoch", "3", lambda b: b.epochs == range(3, 10) and b.groups[0]["lr"] == pytest.approx(rates(b)[0]), "--decay-rate 0.5"),
+    ("--start_epoch", "3", lambda b: len(rates(b)) == 7 and rates(b) == rates(build(b.at, f"{BASE} {RATE_1}"))[3:], RATE_1),
     ("--eval", "", lambda b: b.code == 0 and not hasattr(b, "training") and "raw weights: Acc@1" in b.out, f"--resume {LAST}"),
     ("--use-ema", "", lambda b: "EMA weights: Acc@1" in b.out and "raw weights" not in b.out, f"--eval --resume {LAST}"),
-    ("--result", "", lambda b: result(b)["model"] == "kat_micro_patch8_32" and result(b)["img_size"] == 32, f"--eval --resume {LAST}"),
+    ("--result", "", lambda b: json.loads(b.out.split("--result\n")[1])["img_size"] == 32, f"--eval --resume {LAST}"),
     ("--dist-eval", "", lambda b: [i for batch in b.val_loader.loader.batch_sampler for i in batch] == list(range(20))),
     ("--num_workers", "3", lambda b: b.batches.num_workers == b.val_loader.loader.num_workers == 3),
     ("--pin-mem", "", pins, "", "--no-pin-mem"),
     ("--no-pin-mem", "", lambda b: not pins(b)),
-    ("--distributed", "", lambda b: b.code == 2 and "needs a launcher" in b.err),
+    ("--distributed", "", lambda b: b.code == 2 and build(b.at, f"WORLD_SIZE=1 {BASE} --distributed --world-size 1").code == 0),
     ("--world_size", "2", lambda b: b.code == 2 and "--world-size 2, but 1 process(es)" in b.err),
     ("--dist_url", "nosuch://place", lambda b: b.code == 2 and "cannot meet at --dist-url nosuch://place" in b.err, "WORLD_SIZE=2 RANK=0"),
     ("--run-name", "me", lambda b: (b.wandb["name"], b.wandb["id"]) == ("me", None)),
@@ -276,7 +256,9 @@ TABLE = [
     ("--log-wandb", "", lambda b: b.wandb["name"] == "new3", "--output @new3"),
     ("--amp", "", lambda b: b.training.amp == "bf16"),
 ]
+TABLE = [(flag, *rest) for flags, *rest in TABLE for flag in flags.split()]
 WITHOUT_EFFECT = {"--resplit", "--dist-eval"}  # as their help says
+NEEDED = {"--teacher-model", "--teacher-path", "--checkpoint", "--dist_url", "--pretrained-path"}  # without them main stops
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[1]}".strip())
@@ -284,6 +266,7 @@ def test_flag_has_its_effect(folder, row):
     flag, values, holds, given, instead, *_ = (*row, "", "")
     assert holds(build(folder, f"{BASE} {given} {flag} {values}"))
     without = build(folder, f"{BASE} {given} {instead}")
+    assert without.code == 0 or flag in NEEDED, without.err
     try:
         held = bool(holds(without))
     except (AttributeError, KeyError, IndexError, TypeError, OSError):  # what the check asks for is not there
@@ -295,29 +278,15 @@ def test_every_documented_flag_is_in_the_table():
     assert {row[0] for row in TABLE} == set(DEIT.split() + KAT_TIMM.split())
 
 
-def spellings():
-    rows = {row[0]: row[1] for row in TABLE}
-    return [(flag, values) for flag, values in rows.items() if re.search("[-_]", flag[2:])]
-
-
-@pytest.mark.parametrize("flag, values", spellings(), ids=lambda word: word)
+@pytest.mark.parametrize("flag, values", {row[0]: row[1] for row in TABLE if re.search("[-_]", row[0][2:])}.items())
 def test_both_spellings_parse_to_the_same(flag, values):
     def parsed(name, joint=" "):
         return vars(get_args_parser().parse_intermixed_args(f"{name}{joint}{values}".split()))
+
     dashed, underscored = "--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")
     assert dashed != underscored and parsed(dashed) == parsed(underscored)
     if values and " " not in values:
         assert parsed(underscored, "=") == parsed(dashed, "=") == parsed(dashed)
-
-
-def test_distributed_is_content_with_a_launcher(folder):
-    assert build(folder, f"WORLD_SIZE=1 RANK=0 {BASE} --distributed --world_size 1").code == 0
-
-
-def test_same_seed_same_weights_other_seed_other_weights(folder):
-    one, again, other = (build(folder, f"{BASE} --seed {seed}") for seed in (1, 1, 2))
-    assert same(one.model, again.model.state_dict()) and list(one.sampler) == list(again.sampler)
-    assert not torch.equal(one.model.head.weight, other.model.head.weight) and list(one.sampler) != list(other.sampler)
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["classes", "shares"])
@@ -345,4 +314,5 @@ def test_attn_only_trains_attention_position_and_classifier(folder):
     assert only_attention(b)
     changed = {name for name, (before, after) in step(b)[0].items() if not torch.equal(before, after)}
     assert b.training.updates == 1
-    assert changed == {"pos_embed", "head.weight", "head.bias", *(f"blocks.0.attn.{part}.{kind}" for part in ("qkv", "proj") for kind in ("weight", "bias"))}
+    attention = {f"blocks.0.attn.{layer}.{kind}" for layer in ("qkv", "proj") for kind in ("weight", "bias")}
+    assert changed == {"pos_embed", "head.weight", "head.bias"} | attention

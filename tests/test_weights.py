@@ -86,8 +86,9 @@ def test_every_layout_gives_what_its_tensors_imply(files, name):
 def test_what_a_foreign_checkpoint_says_about_its_model(files):
     folder, _, deit = files
     assert weights.read(folder / "deit_checkpoint.pth")["args"] == {"model": "deit_tiny_patch16_224", "input_size": 224, "opt": "adamw"}
-    assert weights.read(folder / "timm_model_best.pth.tar")["args"] == {"model": "kat_tiny_swish_patch16_224", "opt": "adamw", "mean": [0.5] * 3, "eval_crop_ratio": 0.9}
-    assert weights.read(folder / "flash_kat_tiny_swish_patch16_224.pth")["args"] == {"model": "flash_kat_tiny_swish_patch16_224"}
+    assert weights.read(folder / "timm_model_best.pth.tar")["args"] == {"model": "kat_tiny_swish_patch16_224", "opt": "adamw", "mean": [0.5] * 3, "eval_crop_ratio": 0.9,
+                                                                   "input_size": 224}
+    assert weights.read(folder / "flash_kat_tiny_swish_patch16_224.pth")["args"] == {"model": "flash_kat_tiny_swish_patch16_224", "input_size": 224}
     checkpoint = weights.read(folder / "deit_checkpoint.pth")
     assert torch.equal(weights.choose(checkpoint, True)[0]["norm.bias"], deit["norm.bias"] + 1)
     assert torch.equal(weights.choose(checkpoint, False)[0]["norm.bias"], deit["norm.bias"])

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import math
 import os
 import re
 from argparse import BooleanOptionalAction, Namespace
 
 import safetensors.torch
-import timm
 import torch
 from torch import Tensor
 
@@ -48,32 +46,17 @@ def get_args_parser() -> Parser:
 
 
 def describe(checkpoint: dict, options: Namespace, source: str) -> Arguments:
-    """Arguments of the checkpoint's model: the options, else what the checkpoint says or its tensors imply, else timm's description of the model.
+    """Arguments of the checkpoint's model: the options, else what the checkpoint says, its tensors imply or timm knows of the model.
 
     Raises: UserError if nothing names the model, or the options contradict each other.
     """
-    known = {key: value for key in DESCRIPTION if (value := (checkpoint.get("args") or {}).get(key)) is not None}
-    name = known.get("model") or options.model
-    if not name:
+    if not options.model and not (checkpoint.get("args") or {}).get("model"):
         raise UserError(f"{source} does not say which model it is of: name it with --model")
-    if cfg := timm.get_pretrained_cfg(name, allow_unregistered=True):
-        known = {"mean": list(cfg.mean), "std": list(cfg.std), "eval_crop_ratio": cfg.crop_pct, "interpolation": cfg.interpolation,
-                 "input_size": implied_size(checkpoint["model"]) or cfg.input_size[-1], **known}
     argv = ["--eval", f"--resume={source}"]
     argv += [f"--{key}={value}" for key in ("model", "input_size", "nb_classes") if (value := getattr(options, key, None)) is not None]
     argv += [] if options.use_ema is None else ["--use-ema" if options.use_ema else "--no-use-ema"]
     argv += ["--model-kwargs", *options.model_kwargs] if getattr(options, "model_kwargs", None) else []
-    return parse(argv, lambda _: {**checkpoint, "args": known})[0]
-
-
-def implied_size(tensors: dict[str, Tensor]) -> int | None:
-    """Side of the images that a position embedding is for, pixels."""
-    position, patch = tensors.get("pos_embed"), tensors.get("patch_embed.proj.weight")
-    if position is None or patch is None or position.ndim != 3 or patch.ndim != 4:
-        return None
-    prefix = sum(tensors[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in tensors)
-    grid = next((math.isqrt(n) for n in (position.shape[1] - prefix, position.shape[1]) if n > 0 and math.isqrt(n) ** 2 == n), None)
-    return grid and grid * patch.shape[-1]
+    return parse(argv, lambda _: {**checkpoint, "args": {key: value for key, value in checkpoint["args"].items() if key in DESCRIPTION}})[0]
 
 
 def convert(options: Namespace) -> None:
