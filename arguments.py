@@ -13,6 +13,7 @@ from datasets import DATASETS, INAT_CATEGORIES
 from models.kat import INITS
 from utils import UserError
 
+AMP = ("bf16", "fp16", "off")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
 # what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
 NOT_RESUMED = {"resume", "eval", "pretrained", "finetune", "start_epoch", "use_ema", "result", "output_dir", "device", "pin_mem",
@@ -46,6 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_intermixed_args(self, args=None, namespace=None):
         args = [_dashed(a) for a in (sys.argv[1:] if args is None else args)]
+        args = ["--amp=bf16" if a == "--amp" and after not in AMP else a for a, after in zip(args, [*args[1:], ""])]  # else it would take DATA
         return super().parse_intermixed_args(args, namespace)
 
     def error(self, message):
@@ -129,7 +131,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--clip-grad", type=float, help="clip gradients to this norm (or value, see --clip-mode)")
     g.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"], help="what --clip-grad bounds")
     g.add_argument("--grad-accum-steps", type=int, default=1, help="forward passes for each optimizer step")
-    g.add_argument("--amp", nargs="?", const="bf16", choices=["bf16", "fp16", "off"],
+    g.add_argument("--amp", nargs="?", const="bf16", choices=AMP,
                    help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model for training")
 
@@ -141,7 +143,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
     g.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of the warm-up")
     g.add_argument("--min-lr", type=float, default=1e-5, help="lowest learning rate")
-    g.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at the lowest rate, after --epochs")
+    g.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at the lowest rate, after --epochs (cosine, tanh, poly)")
     g.add_argument("--decay-epochs", type=float, default=30, help="epochs between decays (step)")
     g.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of the decays (multistep)")
     g.add_argument("--decay-rate", "--dr", type=float, default=0.1, help="factor of a decay (step, multistep, plateau), power of poly")

@@ -158,8 +158,9 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
             world.log("note: without --output-dir nothing of this run is saved")
     if args.start_epoch is not None:
         training.updates = start_epoch * -(-len(loader) // args.grad_accum_steps)
-        if training.scheduler is not None:
-            training.scheduler.step(start_epoch)
+        if training.scheduler is not None and (args.sched != "plateau" or args.warmup_epochs):
+            anew = args.sched == "plateau" and checkpoint is None  # a plateau knows its rate from where it came, else from the end of the warm-up
+            training.scheduler.step(min(start_epoch, args.warmup_epochs) if anew else start_epoch)
     records = fault = None
     if world.is_main:
         try:
@@ -285,7 +286,7 @@ def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: 
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
-    weights.load(teacher, weights.choose(weights.read(args.teacher_path), args.use_ema)[0], args.teacher_path)
+    weights.load(teacher, weights.choose(weights.read(args.teacher_path), None)[0], args.teacher_path)
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 

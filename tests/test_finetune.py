@@ -112,7 +112,8 @@ def test_flags_that_do_not_fit_together(flags, sentence, capfd, monkeypatch):
 
 def test_data_folder_anywhere_on_the_command_line(tmp_path):
     from arguments import parse
-    for argv in ([str(tmp_path), "-b", "4"], ["-b", "4", str(tmp_path)], ["--amp", "--epochs", "3", str(tmp_path), "-b", "4"]):
+    for argv in ([str(tmp_path), "-b", "4"], ["-b", "4", str(tmp_path)], ["--amp", "--epochs", "3", str(tmp_path), "-b", "4"],
+                 ["-b", "4", "--amp", str(tmp_path)]):
         args, _ = parse(argv, lambda a: None)
         assert (args.data_set, args.data_path, args.unscale_lr, args.batch_size, args.timm_style) == ("IMNET", str(tmp_path), True, 4, True)
         assert (args.warmup_lr, args.min_lr, args.train_interpolation, args.repeated_aug, args.decay_rational) == (1e-5, 0.0, "random", False, True)
