@@ -75,7 +75,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False or action.default in ("", {}) else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
-        return action.type.__name__.upper() if action.type else "NAME"
+        return action.type.__name__.upper() if action.type else "DIR" if action.dest.endswith(("_dir", "_path")) else "NAME"
 
 
 def get_args_parser() -> Parser:
@@ -177,7 +177,6 @@ def get_args_parser() -> Parser:
     g.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one mixing ratio")
     g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     g.add_argument("--bce-loss", action="store_true", help="binary cross-entropy on unsmoothed targets, as in DeiT III")
-
     g.add_argument("--cosub", action="store_true", help="co-train two submodels drawn by --drop-path on each image (arXiv:2212.04884)")
 
     g = p.add_argument_group("weight averaging")
@@ -232,7 +231,8 @@ def get_args_parser() -> Parser:
 def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     """Parse and check the command line. `load(args)` reads the checkpoint that --resume or --finetune names, whose settings become the defaults.
 
-    Of a foreign checkpoint, and of the one that --finetune names where --model is not given, only those of the model and its images.
+    Of a foreign checkpoint only those of the model and its images; of the one that --finetune names only the model and its image size, and
+    only where --model is not given.
 
     Returns: the frozen arguments and the checkpoint, if any.
     Raises: UserError, one sentence, for flags that contradict each other.
@@ -256,7 +256,9 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         theirs = checkpoint.get("args") or {}
         if checkpoint.get("finetune"):
             theirs = {} if first.model else {key: theirs[key] for key in ("model", "model_kwargs", "input_size") if key in theirs}
-        elif checkpoint.get("foreign") and (cfg := timm.get_pretrained_cfg(first.model or theirs.get("model") or "", allow_unregistered=True)):
+        elif checkpoint.get("foreign") and not first.model and "model" not in theirs:
+            raise UserError(f"{first.resume} does not say which model it is of: name it with --model")
+        elif checkpoint.get("foreign") and (cfg := timm.get_pretrained_cfg(theirs.get("model") or first.model or "", allow_unregistered=True)):
             theirs = {"mean": list(cfg.mean), "std": list(cfg.std), "eval_crop_ratio": cfg.crop_pct, "interpolation": cfg.interpolation,
                       "input_size": cfg.input_size[-1], **theirs}
         known -= {"data_set"} if first.data or (folder and theirs.get("data_set") == "DIGITS") else set()
@@ -273,10 +275,12 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
 
 def _check(a: Arguments) -> None:
     faults = [
-        (a.eval and not a.resume and not a.pretrained, "--eval needs --resume FILE or --pretrained"
-         + (" (--finetune is for training)" if a.finetune else "")),
+        (a.eval and not a.resume and not a.pretrained, "--eval needs --resume FILE or --pretrained"),
         (a.use_ema is not None and not (a.eval or a.finetune), "--use-ema chooses weights for --eval or --finetune"),
         (a.result and not a.eval, "--result belongs to --eval"),
+        (a.result not in ("", "-") and (os.path.isdir(a.result) or not os.path.isdir(os.path.dirname(a.result) or ".")),
+         f"--result {a.result} is a folder or in none: it takes a file, or nothing before another flag"),
+        (a.eval and a.finetune, "--finetune is for training; --eval takes --resume FILE"),
         (a.cosub and a.distillation_type != "none", "--cosub and --distillation-type do not go together"),
         (a.distributed and "WORLD_SIZE" not in os.environ, "--distributed needs a launcher: torchrun --nproc_per_node=N main.py ..."),
         (a.world_size not in (None, int(os.environ.get("WORLD_SIZE", 1))), f"--world-size {a.world_size}, but {os.environ.get('WORLD_SIZE', 1)} process(es) "

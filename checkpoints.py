@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import utils
-import weights
 from arguments import Arguments
 from engine import Training
+from models.load import load_all
 from utils import World, sync_directory, write_atomically
 from weights import CheckpointError
 
@@ -68,26 +68,29 @@ def restore(training: Training, checkpoint: dict, updates_per_epoch: int, args: 
     """
     if checkpoint.get("args", {}).get("opt", args.opt) != args.opt:
         raise CheckpointError(f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}")
-    missing = [k for k in ("optimizer", "epoch") if k not in checkpoint]
+    missing = [k for k in ("optimizer", "epoch") if not isinstance(checkpoint.get(k), (dict, int)) or checkpoint[k] == {}]
     if missing:
         raise CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing); --finetune starts one from them")
     if checkpoint.get("foreign"):
         metric = checkpoint.get("metric")
-        best = training.best if metric is None else {"accuracy": float(metric), "weights": "raw", "epoch": checkpoint["epoch"]}
+        which = "EMA" if checkpoint["model_ema"] else "raw"
+        best = {"accuracy": metric, "weights": which, "epoch": checkpoint["epoch"]} if isinstance(metric, float) else training.best
         checkpoint |= {"optimizer": _renumbered(training, checkpoint, args), "updates": (checkpoint["epoch"] + 1) * updates_per_epoch,
                        "scaler": {}, "schedule": {}, "best": best, "rng": []}
     wanted = [{k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")} for group in training.optimizer.param_groups]
     try:
         training.optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError as error:
-        raise CheckpointError(f"the optimizer in {args.resume} is not --opt {args.opt} on this model: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        differ = [f"--{k.replace('_', '-')}" for k in ("decay_rational", "attn_only", "weight_decay") if checkpoint["args"].get(k, getattr(args, k)) != getattr(args, k)]
+        because = f"{', '.join(differ)} differ from its own" if differ else utils.first_line(error)
+        raise CheckpointError(f"the state of the optimizer in {args.resume} does not fit this training: {because}") from error
     for group, own in zip(training.optimizer.param_groups, wanted):  # what this command line says, not what the file did
         group.update(own)
     if checkpoint["scaler"]:
         training.scaler.load_state_dict(checkpoint["scaler"])
     training.updates, training.best, start = checkpoint["updates"], checkpoint["best"], checkpoint["epoch"] + 1
     if training.ema is not None:
-        weights.load(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
+        load_all(training.ema.module, checkpoint["model_ema"] or checkpoint["model"], args.resume)
     if checkpoint["schedule"] and hasattr(training.scheduler, "lr_scheduler"):
         training.scheduler.lr_scheduler.load_state_dict(checkpoint["schedule"])
     elif training.scheduler is not None:
@@ -108,7 +111,10 @@ def _renumbered(training: Training, checkpoint: dict, args: Arguments) -> dict:
 
     Optimizers number parameters without naming them: first those without weight decay, in the order of the model, then the others.
     """
-    theirs = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]]
+    try:
+        theirs, state = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]], checkpoint["optimizer"]["state"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the optimizer in {args.resume} is none of torch's") from error
     frozen = set(training.model.no_weight_decay()) if hasattr(training.model, "no_weight_decay") else set()
     parameters = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
     ordered = [name for name in checkpoint["model"] if name in parameters]
@@ -121,7 +127,6 @@ def _renumbered(training: Training, checkpoint: dict, args: Arguments) -> dict:
     own_names = {id(p): name for name, p in parameters.items()}
     own = training.optimizer.state_dict()
     order = [own_names[id(p)] for group in training.optimizer.param_groups for p in group["params"]]
-    state = checkpoint["optimizer"]["state"]
     own["state"] = {index: state[number[name]] for index, name in enumerate(order) if number[name] in state}
     for index, values in own["state"].items():
         if any(isinstance(v, Tensor) and v.ndim and v.shape != parameters[order[index]].shape for v in values.values()):

@@ -9,4 +9,5 @@ if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
 fi
 # shellcheck source=run_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/run_scripts/setup.sh"
+[ "$1" = 1 ] && exec "$PYTHON" "$ROOT/main.py" "${@:2}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$1" "$ROOT/main.py" "${@:2}"

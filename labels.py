@@ -18,14 +18,17 @@ def output_indices(classes: list[str], num_outputs: int, trained_on: list[str] |
     Raises: UserError if the data have classes that the model has no output for.
     """
     names = class_names(num_outputs, trained_on)
-    if names and set(classes) <= set(names):
+    unknown = sorted(set(classes) - set(names or []))
+    if names and not unknown:
         place = {name: index for index, name in enumerate(names)}
         note = "" if len(classes) == num_outputs else f"the data have {len(classes)} of the model's {num_outputs} classes"
         return [place[name] for name in classes], note
-    if len(classes) == num_outputs:
-        return list(range(num_outputs)), f"the checkpoint was trained on other classes ({', '.join(trained_on[:3])}, ...)" if trained_on else ""
-    if len(classes) < num_outputs and is_tree and not trained_on:
-        return list(range(len(classes))), (f"the model has {num_outputs} outputs and the data {len(classes)} classes, whose names say nothing about them: "
-                                           "counted as the first outputs, in alphabetical order")
+    if names and len(unknown) < len(classes) / 2:
+        raise UserError(f"the model has no output for {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}, but for the other classes of the data")
+    if len(classes) == num_outputs and trained_on:
+        return list(range(num_outputs)), f"the checkpoint was trained on other classes ({', '.join(trained_on[:3])}, ...)"
+    if len(classes) == num_outputs or (len(classes) < num_outputs and is_tree and not trained_on):
+        order = ", in alphabetical order" if is_tree else ""
+        return list(range(len(classes))), f"nothing says which output is which class: the {len(classes)} classes of the data are counted as the first outputs{order}"
     raise UserError(f"the model has {num_outputs} outputs, the data {len(classes)} classes ({', '.join(classes[:3])}, ...): they are not those it was "
                     "trained on; the data are chosen by --data-set and --data-path")

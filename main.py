@@ -30,18 +30,22 @@ from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
 from models.build import build_model, freeze_all_but_attention, outputs_of
+from models.load import choose, load_all, load_matching
 from samplers import ExactEvalBatchSampler, train_sampler
 from transforms import DeviceLoader, build_loader
 from utils import UserError, World, first_line
 
 
 def main(argv: list[str] | None = None) -> int:
+    everywhere = False
     try:
         args, checkpoint = parse(argv, load_start)
+        everywhere = True  # from here on what goes wrong may go wrong in one process alone
         run(args, checkpoint, utils.init_world(args.device, args.dist_url))
         return 0
     except (UserError, DataError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        if everywhere or os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
         return 2
     except NonFiniteLoss as error:
         rank = os.environ.get("RANK", "0")
@@ -74,7 +78,7 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     train_set, val_set, classes = build_datasets(args, world.rank, world.world_size)
     start, checkpoint = (checkpoint, None) if checkpoint and checkpoint.get("finetune") else (None, checkpoint)
-    trained_on = (checkpoint or {}).get("classes")
+    trained_on = (checkpoint or start or {}).get("classes")
     model = build_model(args, args.nb_classes or (outputs_of(checkpoint, args) if args.eval else len(classes)), weights_follow=checkpoint is not None)
     world.log(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.input_size} pixels, amp {amp}")
     world.log(f"{args.data_set}: {f'{len(train_set):,} training and ' if train_set else ''}{len(val_set):,} validation images, {len(classes)} classes")
@@ -88,10 +92,10 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
     if note:
         world.log(f"note: {note}")
     if checkpoint is not None and not args.eval:
-        weights.load(model, checkpoint["model"], args.resume)
+        load_all(model, checkpoint["model"], args.resume)
     elif start is not None:
-        chosen, which = weights.choose(start, args.use_ema)
-        world.log(*weights.load_matching(model, chosen, f"{args.finetune} ({which} weights)"), sep="\n")
+        chosen, which = choose(start, args.use_ema)
+        world.log(*load_matching(model, chosen, f"{args.finetune} ({which} weights)"), sep="\n")
         start.clear()  # its memory
     if args.attn_only:
         freeze_all_but_attention(model)
@@ -112,14 +116,14 @@ def num_workers(args: Arguments, world: World) -> int:
 def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DeviceLoader, amp: str, args: Arguments, world: World) -> None:
     models, chosen = {"raw": model}, "raw"
     if checkpoint is not None:
-        own, which = weights.choose(checkpoint, args.use_ema)
+        own, which = choose(checkpoint, args.use_ema)
         if args.use_ema is None and checkpoint.get("model_ema") is not None:
             models = {"raw": model, "EMA": copy.deepcopy(model)}
-            weights.load(models["EMA"], checkpoint["model_ema"], f"the EMA of {args.resume}", resample=True)
+            load_all(models["EMA"], checkpoint["model_ema"], f"the EMA of {args.resume}", resample=True)
             own = checkpoint["model"]
         else:
             models, chosen = {which: model}, which
-        if resampled := weights.load(model, own, args.resume, resample=True):
+        if resampled := load_all(model, own, args.resume, resample=True):
             world.log(f"note: resampled {', '.join(resampled)}")
     results = evaluate(models, loader, amp, world)
     if len(results) > 1:
@@ -161,6 +165,7 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
         if training.scheduler is not None and (args.sched != "plateau" or args.warmup_epochs):
             anew = args.sched == "plateau" and checkpoint is None  # a plateau knows its rate from where it came, else from the end of the warm-up
             training.scheduler.step(min(start_epoch, args.warmup_epochs) if anew else start_epoch)
+            training.scheduler.step_update(training.updates)
     records = fault = None
     if world.is_main:
         try:
@@ -252,14 +257,14 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     if mixing(args):
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                       label_smoothing=0.0 if args.bce_loss else args.smoothing, num_classes=num_classes)
-    ema = None
-    if args.model_ema:
-        fixed = args.model_ema_decay is not None
-        ema = ModelEmaV3(model, decay=args.model_ema_decay if fixed else 0.99996, use_warmup=not fixed,
-                         device="cpu" if args.model_ema_force_cpu else None)
     forward = torch.compile(model) if args.compile else model
     if world.world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+    ema = None
+    if args.model_ema:  # of the weights that all processes now have
+        fixed = args.model_ema_decay is not None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay if fixed else 0.99996, use_warmup=not fixed,
+                         device="cpu" if args.model_ema_force_cpu else None)
     return Training(model, forward, build_criterion(model, num_classes, args, world).to(world.device), optimizer,
                     scheduler, torch.amp.GradScaler(world.device.type, enabled=amp == "fp16"), num_classes, amp, ema, mixup), epochs
 
@@ -286,7 +291,7 @@ def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: 
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
-    weights.load(teacher, weights.choose(weights.read(args.teacher_path), None)[0], args.teacher_path)
+    load_all(teacher, choose(weights.read(args.teacher_path), None)[0], args.teacher_path)
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 

@@ -76,7 +76,8 @@ def init_world(device: str, dist_url: str = "env://") -> World:
         device = torch.device(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, ValueError) as error:
+        torch.empty(1, device=device)
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device} is no device of this machine: cuda, cuda:N or cpu") from error
     if world_size > 1 and not dist.is_initialized():
         try:

@@ -1,10 +1,11 @@
-"""Weights of any layout, read without running code from the file, and their way into a model.
+"""Weights of any layout, read without running code from the file. models/load.py brings them into a model.
 
 Read are our checkpoints, those of DeiT and KArAt (an argparse.Namespace inside), of timm's and KAT's trainers, bare state dicts,
 FlashKAT's renamed parameters, safetensors and AugReg's .npz; from a path, a URL or the Hugging Face hub.
 """
 import argparse
 import hashlib
+import inspect
 import math
 import os
 import pathlib
@@ -13,30 +14,46 @@ import re
 import sys
 import warnings
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import load_model_config_from_hf, load_state_dict_from_hf
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from models.kat import default_cfgs as kat_cfgs
-from utils import UserError
+from utils import UserError, first_line
 
 HUB = ("hf_hub:", "hf-hub:")
-CHECKSUM = re.compile(r"[-_](?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")  # start of the sha256, as torch.hub and KAT put it into file names
+# sha256 in a file name: its start after a dash, as torch.hub has it, or the whole, as KAT's files have it
+CHECKSUM = re.compile(r"(?:-(?=[0-9]*[a-f])([0-9a-f]{8,63})|[-_]([0-9a-f]{64}))\.\w+$")
 # types besides tensors and plain ones that trainers put into checkpoints; rebuilding them runs no code of the file
-SAFE = [argparse.Namespace, *((pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local"))]
+_SCALAR = np.float64(0).__reduce__()[0]  # of numpy numbers
+SAFE = [argparse.Namespace, *((pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")), np.dtype,
+        *((_SCALAR, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")), *(type(np.dtype(t)) for t in "fdilqb?")]
 # what a foreign checkpoint says about its model; how it was trained stays its own trainer's affair
 FOREIGN_ARGS = {"model": "model", "arch": "model", "input_size": "input_size", "img_size": "input_size", "model_kwargs": "model_kwargs",
-                "opt": "opt", "mean": "mean", "std": "std", "crop_pct": "eval_crop_ratio", "eval_crop_ratio": "eval_crop_ratio"}
+                "opt": "opt", "mean": "mean", "std": "std", "crop_pct": "eval_crop_ratio", "eval_crop_ratio": "eval_crop_ratio",
+                "interpolation": "interpolation"}
+# options of timm.create_model that read files or the network: never taken from a checkpoint
+NOT_OF_A_MODEL = {*inspect.signature(timm.create_model).parameters, "pretrained_strict", "pretrained_filter_fn", "kwargs_filter", "feature_cfg"}
 NPZ_NAMES = re.compile(r"(opt/target/)?(cls|(embedding|head|Transformer/encoder_norm)/(kernel|bias|scale)|Transformer/posembed_input/pos_embedding|"
                        r"Transformer/encoderblock_\d+/.*)")
+
+
+def _three_numbers(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+
+
+# what the settings of a model and its images may be
+ARGS = {"model": lambda v: isinstance(v, str) and (timm.is_model(v.split(".")[0]) or v.startswith(HUB)), "model_kwargs": lambda v: isinstance(v, dict),
+        "input_size": lambda v: isinstance(v, int) and v > 0, "mean": _three_numbers, "std": _three_numbers,
+        "eval_crop_ratio": lambda v: isinstance(v, (int, float)) and v > 0, "interpolation": lambda v: v in ("bicubic", "bilinear")}
 
 
 class CheckpointError(UserError):
@@ -51,15 +68,25 @@ def read(source: str | Path) -> dict:
     Raises: CheckpointError, one sentence, for what is missing, cut short, or holds more than tensors and plain types.
     """
     name = str(source)
+    if name.startswith(HUB):
+        return _read_hub(name)
+    path = _download(name) if "://" in name else Path(source)
+    if not path.is_file():
+        raise CheckpointError(f"{name} is a folder, not a checkpoint" if path.is_dir() else f"there is no checkpoint {name}")
     try:
-        if name.startswith(HUB):
-            return _read_hub(name)
-        path = _download(name) if "://" in name else Path(source)
-        if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint {name}")
-        if path.suffix == ".npz":
-            return _canonical(_read_npz(path), name)
-        if path.suffix == ".safetensors":
+        return _read_file(path, name)
+    except CheckpointError:
+        if "://" in name:  # the next try downloads it again
+            path.unlink()
+        raise
+
+
+def _read_file(path: Path, name: str) -> dict:
+    try:
+        kind = _kind(path)
+        if kind == "npz":
+            return _canonical({"model": _read_npz(path), "args": {"mean": [0.5] * 3, "std": [0.5] * 3}}, name)
+        if kind == "safetensors":
             return _canonical(load_file(path), name)
         with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
@@ -69,35 +96,50 @@ def read(source: str | Path) -> dict:
         reason = (f"holds objects other than tensors and plain types ({unsafe[1] or unsafe[2]})" if unsafe
                   else "is not a checkpoint or is damaged")
         raise CheckpointError(f"{name} {reason}; nothing in it was run and it was not loaded") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile, SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # what damaged files make the readers of four formats raise has no end
         raise CheckpointError(f"{name} is not a checkpoint or is damaged ({type(error).__name__})") from error
+
+
+def _kind(path: Path) -> str:
+    """npz, safetensors or torch, whatever the file is called."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "torch"
+    return "safetensors" if path.suffix == ".safetensors" or head[8:] == b"{" else "npz" if path.suffix == ".npz" else "torch"
 
 
 def _download(url: str) -> Path:
     """The file of a URL; processes of one machine take turns, and only the first downloads."""
     file_name = url.split("?")[0].rsplit("/", 1)[-1]
-    checksum = CHECKSUM.search(file_name)
-    folder = Path(torch.hub.get_dir(), "checkpoints", "" if checksum else hashlib.sha256(url.encode()).hexdigest()[:8])
+    checksum = _checksum_in(file_name)
+    folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:16])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{file_name}.lock"):
             if not (folder / file_name).exists():
-                torch.hub.download_url_to_file(url, str(folder / file_name), checksum and checksum[1], progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(url, str(folder / file_name), checksum, progress=sys.stderr.isatty())
     except RuntimeError as error:  # the checksum
         raise CheckpointError(f"{url} is not the file its name promises: {error}; it was not kept") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{url} could not be downloaded ({error})") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise CheckpointError(f"{url} could not be downloaded ({first_line(error)})") from error
     return folder / file_name
+
+
+def _checksum_in(file_name: str) -> str | None:
+    found = CHECKSUM.search(file_name)
+    return found and (found[1] or found[2])
 
 
 def _read_hub(name: str) -> dict:
     try:
         config, model, kwargs = load_model_config_from_hf(name[len(HUB[0]):])
         weights = load_state_dict_from_hf(name[len(HUB[0]):], weights_only=True)
-    except pickle.UnpicklingError:
-        raise
     except Exception as error:  # the hub's client has many
-        raise CheckpointError(f"{name} could not be loaded from the hub ({str(error).strip().splitlines()[0]})") from error
+        raise CheckpointError(f"{name} could not be loaded from the hub ({first_line(error)})") from error
     return _canonical({"state_dict": weights, "args": {**config, "model": model, "input_size": config.get("input_size"), "model_kwargs": kwargs}}, name)
 
 
@@ -128,30 +170,57 @@ def _canonical(raw: dict, name: str) -> dict:
     if weights is None and ema is None and raw and all(isinstance(value, Tensor) for value in raw.values()):
         weights = raw
     if weights is None and ema is None:
-        raise CheckpointError(f"{name} has no weights (no entry 'model' or 'state_dict')")
-    state = {"model": _renamed(weights if weights is not None else ema), "model_ema": _renamed(ema)}
+        raise CheckpointError(f"{name} has no weights: no entry 'model' or 'state_dict', but {', '.join(map(str, list(raw)[:5])) or 'nothing'}")
+    state = {"model": _renamed(weights if weights is not None else ema, name), "model_ema": _renamed(ema, name)}
     if "versions" in raw:
-        return {**raw, **state}
-    return {**state, "args": _foreign_args(raw, state["model"], name), "foreign": True,
-            **{key: raw[key] for key in ("optimizer", "epoch", "metric") if key in raw}}
+        state = {**raw, **state, "args": raw.get("args") or {}}
+    else:
+        state |= {"args": _foreign_args(raw, state["model"], name), "foreign": True, **{key: raw[key] for key in ("optimizer", "epoch", "metric") if key in raw}}
+    _check(state, name)
+    return state
 
 
-def _renamed(weights: dict | None) -> dict | None:
-    """Without the prefixes of DistributedDataParallel and torch.compile, and with KAT's names for FlashKAT's coefficients."""
+def _check(state: dict, name: str) -> None:
+    """Raises: CheckpointError if an entry is of another type than every checkpoint has, or an option of the model would read something else."""
+    args, entries = state["args"], {"best": dict, "epoch": int, "classes": list}
+    if not isinstance(args, dict):
+        raise CheckpointError(f"{name} is not a checkpoint or is damaged: its entry 'args' makes no sense")
+    wrong = [entry for entry, kind in entries.items() if not isinstance(state.get(entry, kind()), kind)]
+    wrong += ["classes"] * (not all(isinstance(c, str) for c in state.get("classes", [])) if "classes" not in wrong else 0)
+    wrong += [entry for entry, fits in ARGS.items() if entry in args and not fits(args[entry])]
+    if wrong:
+        raise CheckpointError(f"{name} is not a checkpoint or is damaged: its entry '{wrong[0]}' makes no sense")
+    if unsafe := NOT_OF_A_MODEL & set(args.get("model_kwargs", {})):
+        raise CheckpointError(f"{name} asks for the model option {', '.join(sorted(map(str, unsafe)))}, which is not one of a model; it was not loaded")
+
+
+def _renamed(weights: dict | None, file: str) -> dict | None:
+    """Without the prefixes of DistributedDataParallel and torch.compile, and with KAT's names for FlashKAT's coefficients.
+
+    Raises: CheckpointError for tensors that are not dense real numbers.
+    """
+    for name, value in (weights or {}).items():
+        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex()):
+            raise CheckpointError(f"{file} is not a checkpoint or is damaged: {name} is no plain tensor")
+        if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) and value.isnan().any():
+            raise CheckpointError(f"{file} is of no use: {name} holds NaN")
     return weights and {re.sub(r"\.(numerator|denominator)_v$", r".weight_\1", re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)): value
                         for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def _foreign_args(raw: dict, tensors: dict[str, Tensor], name: str) -> dict:
-    theirs = raw.get("args") or {}
-    theirs = {"arch": raw.get("arch"), **(vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs)}
+    theirs = raw.get("args")
+    theirs = {"arch": raw.get("arch"), **(vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs if isinstance(theirs, dict) else {})}
     args = {own: value for key, own in FOREIGN_ARGS.items() if (value := theirs.get(key)) not in (None, "", {})}
-    if isinstance(args.get("input_size"), (tuple, list)):
-        args["input_size"] = args["input_size"][-1]
-    args.setdefault("input_size", _implied_size(tensors))
-    if not timm.is_model(str(args.get("model", ""))):
-        args["model"] = model_in(name)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in args.items() if value is not None}
+    args = {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}
+    if isinstance(args.get("input_size"), list):
+        args["input_size"] = args["input_size"][-1] if args["input_size"] else None
+    args = {key: value for key, value in args.items() if ARGS.get(key, bool)(value)}
+    if "model" not in args:
+        args |= {"model": found} if (found := model_in(name)) else {}
+    if "input_size" not in args:
+        args |= {"input_size": found} if (found := _implied_size(tensors)) else {}
+    return args
 
 
 def _implied_size(tensors: dict[str, Tensor]) -> int | None:
@@ -159,9 +228,8 @@ def _implied_size(tensors: dict[str, Tensor]) -> int | None:
     position, patch = tensors.get("pos_embed"), tensors.get("patch_embed.proj.weight")
     if position is None or patch is None or position.ndim != 3 or patch.ndim != 4:
         return None
-    first = sum(tensors[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in tensors)
-    grid = next((math.isqrt(n) for n in (position.shape[1] - first, position.shape[1]) if n > 0 and math.isqrt(n) ** 2 == n), None)
-    return grid and grid * patch.shape[-1]
+    patches = position.shape[1] - prefix_tokens(tensors)
+    return math.isqrt(patches) * patch.shape[-1] if _is_square(patches) else None
 
 
 def model_in(source: str) -> str | None:
@@ -171,94 +239,12 @@ def model_in(source: str) -> str | None:
     return next(iter(published), None) or max((name for name in timm.list_models() if file_name.startswith(name)), key=len, default=None)
 
 
-def choose(checkpoint: dict, use_ema: bool | None) -> tuple[dict[str, Tensor], str]:
-    """Raw or EMA weights, and which. By default what was better in this very epoch, if known, else the EMA if there is one.
-
-    Raises: CheckpointError if the EMA is asked for and there is none.
-    """
-    best = checkpoint.get("best") or {}
-    if use_ema is None:
-        known = best.get("epoch") == checkpoint.get("epoch") and best.get("weights")
-        use_ema = checkpoint.get("model_ema") is not None and (best["weights"] == "EMA" if known else True)
-    if use_ema and checkpoint.get("model_ema") is None:
-        raise CheckpointError("--use-ema: the checkpoint holds no averaged weights")
-    return (checkpoint["model_ema"], "EMA") if use_ema else (checkpoint["model"], "raw")
+def prefix_tokens(weights: dict[str, Tensor]) -> int:
+    """Positions in front of those of the patches: of class, distillation and register tokens, unless the model gives them none."""
+    positions = weights["pos_embed"].shape[1]
+    tokens = sum(weights[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in weights)
+    return 0 if _is_square(positions) and not _is_square(positions - tokens) else tokens
 
 
-def load(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False) -> list[str]:
-    """Load all weights or none; with `resample`, position and patch embeddings may be of another size.
-
-    Returns: what was resampled.
-    Raises: CheckpointError naming the first tensors that are missing, unknown or of another shape.
-    """
-    own = model.state_dict()
-    given, weights = weights, _resampled(model, weights, source) if resample else weights
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} is unknown to the model" for name in weights if name not in own]
-    faults += [f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-               for name in own if name in weights and weights[name].shape != own[name].shape]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"{source} does not fit the model{_other_model(model, source)}: {'; '.join(faults[:3])}{more}")
-    model.load_state_dict(weights)
-    return [f"{name} {tuple(value.shape)} -> {tuple(weights[name].shape)}" for name, value in given.items()
-            if name in weights and value.shape != weights[name].shape]
-
-
-def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> list[str]:
-    """Load every tensor that fits by name and shape, position and patch embeddings resampled; the others keep their values.
-
-    Returns: lines that name everything that did not fit, on either side.
-    Raises: CheckpointError if less than a hundredth of the model's parameters fit.
-    """
-    own = model.state_dict()
-    resized = _resampled(model, weights, source)
-    fit = {name: value for name, value in resized.items() if name in own and value.shape == own[name].shape}
-    covered, total = (sum(value.numel() for value in values) for values in (fit.values(), own.values()))
-    if covered < total / 100:
-        raise CheckpointError(f"{source} does not fit the model{_other_model(model, source)}: nothing was loaded, because its tensors cover "
-                              f"{covered:,} of {total:,} parameters")
-    model.load_state_dict(fit, strict=False)
-    shapes = {name: f"{name} {tuple(weights[name].shape)} -> {tuple(own[name].shape)}" for name in weights if name in own}
-    groups = {"resampled": [shapes[name] for name in fit if name in weights and weights[name].shape != own[name].shape],
-              "of another shape, not loaded": [shapes[name] for name in resized if name in own and name not in fit],
-              "not in the file, start anew": ranges(name for name in own if name not in resized),
-              "not in the model, left out": ranges(name for name in weights if name not in own)}
-    return [f"{len(fit)} of {len(own)} tensors taken from {source}"] + [f"  {what}: {', '.join(names)}" for what, names in groups.items() if names]
-
-
-def _other_model(model: nn.Module, source: str | Path) -> str:
-    own, named = (getattr(model, "pretrained_cfg", None) or {}).get("architecture"), model_in(str(source))
-    return f" {own} (its name says {named})" if own and named and own != named else f" {own}" if own else ""
-
-
-def _resampled(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """Position and patch embeddings in the size of `model`, by timm; class and distillation tokens are added or left out first."""
-    if not isinstance(model, VisionTransformer):
-        return weights
-    if "pos_embed" in weights and model.pos_embed is not None and "cls_token" in weights:
-        theirs = 1 + ("dist_token" in weights) + weights["reg_token"].shape[1] if "reg_token" in weights else 1 + ("dist_token" in weights)
-        own = 0 if model.no_embed_class else model.num_prefix_tokens
-        position = weights["pos_embed"]
-        weights = {**weights, "pos_embed": torch.cat([position[:, :min(own, theirs)], model.pos_embed[:, theirs:own].to(position).detach(),
-                                                      position[:, theirs:]], 1)} if position.shape[-1] == model.embed_dim else weights
-    try:
-        return checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{source}: its embeddings cannot be resampled to the model ({str(error).splitlines()[0]})") from error
-
-
-def ranges(names) -> list[str]:
-    """Names that differ in one number, drawn together: blocks.{0-11}.mlp.act1.weight_numerator."""
-    groups: dict[str, list[int]] = {}
-    for name in names:
-        number = re.search(r"\.(\d+)\.", name)
-        groups.setdefault(name.replace(number[0], ".{}.", 1) if number else name, []).append(int(number[1]) if number else 0)
-    return [pattern.replace("{}", "{" + _spans(sorted(numbers)) + "}") if len(numbers) > 1 else pattern.replace("{}", str(numbers[0]))
-            for pattern, numbers in groups.items()]
-
-
-def _spans(numbers: list[int]) -> str:
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+def _is_square(n: int) -> bool:
+    return n > 0 and math.isqrt(n) ** 2 == n

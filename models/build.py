@@ -37,7 +37,8 @@ def outputs_of(checkpoint: dict | None, args: Arguments) -> int | None:
         return None
     cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
     names = (cfg.classifier if isinstance(cfg.classifier, (tuple, list)) else (cfg.classifier,)) if cfg and cfg.classifier else ("head", "fc", "classifier")
-    return next((len(checkpoint["model"][f"{name}.weight"]) for name in names if f"{name}.weight" in checkpoint["model"]), None)
+    heads = [checkpoint["model"][f"{name}.weight"] for name in names if f"{name}.weight" in checkpoint["model"]]
+    return heads[0].shape[0] if heads and heads[0].ndim else None
 
 
 def freeze_all_but_attention(model: nn.Module) -> None:
@@ -46,7 +47,8 @@ def freeze_all_but_attention(model: nn.Module) -> None:
     Raises: UserError for a model without blocks.*.attn.
     Source: Touvron et al. 2022 (arXiv:2203.09795).
     """
-    heads = {id(p) for name, module in model.named_children() if name.startswith(("head", "fc", "classifier")) for p in module.parameters()}
+    classifier = model.get_classifier()
+    heads = {id(p) for module in (classifier if isinstance(classifier, tuple) else (classifier,)) for p in module.parameters()}
     if not any(".attn." in name for name, _ in model.named_parameters()):
         raise UserError("--attn-only needs a transformer with parameters named *.attn.*")
     for name, p in model.named_parameters():

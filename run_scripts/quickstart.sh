@@ -15,9 +15,6 @@ TRAIN=(
 )
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait do not spin: on a busy machine that costs tenfold
 
-# Start afresh: remove what an earlier run wrote, and nothing else.
-rm -f -- "$OUT"/{checkpoint.pth,best_checkpoint.pth,args.json,log.txt,speed.txt,curves.png}
-
 "$PYTHON" main.py "${TRAIN[@]}" --output-dir "$OUT" "$@"
 echo
 "$PYTHON" main.py --eval --resume "$OUT/best_checkpoint.pth"  # the last line is the top-1

@@ -9,6 +9,7 @@ import checkpoints
 import main
 import weights
 from checkpoints import BEST, LAST, CheckpointError
+from models.load import load_all
 
 
 def test_save_and_load(tmp_path):
@@ -42,7 +43,7 @@ def test_weights_of_another_model_are_refused_whole():
     for found, sentence in (({"weight": torch.ones(3, 2)}, "bias is missing"), ({**model.state_dict(), "x": torch.ones(1)}, "x is unknown"),
                               ({"weight": torch.ones(4, 2), "bias": torch.ones(3)}, r"weight has shape \(4, 2\) instead of \(3, 2\)")):
         with pytest.raises(CheckpointError, match=sentence):
-            weights.load(model, found, "file")
+            load_all(model, found, "file")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
 

@@ -78,7 +78,7 @@ def test_evaluation_at_another_size_and_on_some_of_the_classes(tmp_path, capfd):
     assert call(*evaluate, tmp_path, "--input-size", "32") == 0
     assert "counted as the first outputs" in capfd.readouterr().out
     assert call(*evaluate, tmp_path, "--input-size", "32", "--result", tmp_path / "missing" / "x.json") == 2
-    assert "cannot write the result" in capfd.readouterr().err
+    assert "is a folder or in none" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune", "--eval --resume", "--distillation-type hard --teacher-model vit_micro_patch8_32 --teacher-path"])
@@ -99,6 +99,7 @@ def test_bad_files_end_with_a_sentence(tmp_path, monkeypatch, capfd, flag):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--finetune", "a.pth", "--resume", "b.pth"], "--finetune and --resume FILE do not go together"), (["--eval", "--finetune", "a.pth"], "--eval needs --resume"),
+    (["--eval", "--pretrained", "--finetune", "a.pth"], "--eval needs --resume"), (["--eval", "--pretrained", "--result", "/tmp"], "--result /tmp is a folder"),
     (["--use-ema"], "--use-ema chooses weights"), (["--result"], "--result belongs to --eval"), (["DIR", "--data-path", "OTHER"], "two places"),
     (["--cosub", "--distillation-type", "hard", "--teacher-path", "x"], "do not go together"), (["--distributed"], "torchrun"),
     (["--world-size", "4"], "1 process"), (["--attn-only", "--model", "resnet10t", "--device", "cpu", "--data-set", "DIGITS"], "needs a transformer"),

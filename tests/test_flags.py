@@ -240,6 +240,7 @@ TABLE = [
     ("--seed", "7", lambda b: same(b.model, b.at / "weights.pth") and list(b.sampler) == list(build(b.at, f"{BASE} --seed 7").sampler)),
     ("--resume", LAST, lambda b: b.epochs == range(1, 10) and same(b.model, torch.load(b.at / "run/checkpoint.pth")["model"])),
     ("--checkpoint", LAST, lambda b: b.code == 0 and "raw weights: Acc@1" in b.out, "--eval"),
+    ("--start_epoch", "3", lambda b: b.training.optimizer.param_groups[0]["lr"] < 0.9, f"{RATE_1} --sched-on-updates"),
     ("--start_epoch", "6", lambda b: rates(b) == [1] * 4, "--unscale-lr --lr 1 --sched plateau"),
     ("--start_epoch", "0", lambda b: rates(b) == [1] * 10 and b.args.start_epoch == 0, f"{RATE_1} --sched plateau"),
     ("--start_epoch", "3", lambda b: len(rates(b)) == 7 and rates(b) == rates(build(b.at, f"{BASE} {RATE_1}"))[3:], RATE_1),

@@ -17,6 +17,7 @@ import main as main_program
 import models  # noqa: F401
 import weights
 from models.build import build_model
+from models.load import load_all
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT / "tools"))
@@ -58,7 +59,7 @@ def rebuilt(path):
     checkpoint = weights.read(path)
     args = convert.describe(checkpoint, Namespace(model=None, use_ema=None), str(path))
     model = build_model(args, predict.outputs_of(checkpoint, args), weights_follow=True)
-    weights.load(model, checkpoint["model"], path)
+    load_all(model, checkpoint["model"], path)
     return model, checkpoint
 
 

@@ -19,6 +19,7 @@ import models  # noqa: F401
 import weights
 from checkpoints import CheckpointError
 from models.kat import PUBLISHED, default_cfgs
+from models.load import choose, load_all, load_matching
 from tests.reference_vit import logits, npz_arrays, npz_logits
 
 TRAINER_ARGS = dict(batch_size=128, lr=1e-3, opt="adamw", aa="rand-m9-mstd0.5", output_dir=Path("/checkpoint/1"), device="cuda", resume="", drop_path=0.1)
@@ -68,7 +69,7 @@ def outputs_from(source, images) -> torch.Tensor:
     """Logits of the model that the file itself names, filled with the file's raw weights."""
     checkpoint = weights.read(source)
     model = timm.create_model(checkpoint["args"]["model"]).eval()
-    weights.load(model, checkpoint["model"], source)
+    load_all(model, checkpoint["model"], source)
     with torch.no_grad():
         return model(images).double()
 
@@ -90,12 +91,12 @@ def test_what_a_foreign_checkpoint_says_about_its_model(files):
                                                                    "input_size": 224}
     assert weights.read(folder / "flash_kat_tiny_swish_patch16_224.pth")["args"] == {"model": "flash_kat_tiny_swish_patch16_224", "input_size": 224}
     checkpoint = weights.read(folder / "deit_checkpoint.pth")
-    assert torch.equal(weights.choose(checkpoint, True)[0]["norm.bias"], deit["norm.bias"] + 1)
-    assert torch.equal(weights.choose(checkpoint, False)[0]["norm.bias"], deit["norm.bias"])
-    assert weights.choose(checkpoint, None)[1] == "EMA"
-    assert weights.choose({**checkpoint, "epoch": 3, "best": {"epoch": 3, "weights": "raw"}}, None)[1] == "raw"
+    assert torch.equal(choose(checkpoint, True)[0]["norm.bias"], deit["norm.bias"] + 1)
+    assert torch.equal(choose(checkpoint, False)[0]["norm.bias"], deit["norm.bias"])
+    assert choose(checkpoint, None)[1] == "EMA"
+    assert choose({**checkpoint, "epoch": 3, "best": {"epoch": 3, "weights": "raw"}}, None)[1] == "raw"
     with pytest.raises(CheckpointError, match="no averaged weights"):
-        weights.choose({"model": deit}, True)
+        choose({"model": deit}, True)
 
 
 @pytest.mark.parametrize("dim, heads, patch, grid, classes", [(192, 3, 16, 14, 21843), (64, 2, 8, 4, 10)])
@@ -107,7 +108,7 @@ def test_augreg_npz(tmp_path, dim, heads, patch, grid, classes):
     images = torch.randn(1, 3, grid * patch, grid * patch)
     model = timm.create_model("vit_tiny_patch16_224", img_size=grid * patch, patch_size=patch, embed_dim=dim, num_heads=heads, num_classes=classes,
                               depth=12 if dim == 192 else 3).eval()
-    lines = weights.load_matching(model, checkpoint["model"], "Ti_16.npz")
+    lines = load_matching(model, checkpoint["model"], "Ti_16.npz")
     assert lines == [f"{len(model.state_dict())} of {len(model.state_dict())} tensors taken from Ti_16.npz", "  not in the model, left out: pre_logits/bias"]
     with torch.no_grad():
         torch.testing.assert_close(model(images).double(), npz_logits(arrays, images), rtol=1e-5, atol=1e-5)
@@ -150,24 +151,38 @@ def test_urls_are_downloaded_once_and_checked(server, tmp_path):
     with pytest.raises(CheckpointError, match="could not be downloaded"):
         weights.read("ftpx://nowhere/file.pth")
     assert not list((tmp_path / "hub").rglob("*abab*.pth"))
+    for url_of_nothing in ("http://127.0.0.1:9/a b.pth", "http://127.0.0.1:abc/x.pth"):
+        with pytest.raises(CheckpointError, match="could not be downloaded"):
+            weights.read(url_of_nothing)
+
+
+def test_a_download_that_was_cut_off_is_not_kept(server):
+    url, www, _ = server
+    micro = random_weights("kat_micro_patch8_32")
+    torch.save(micro, www / "whole.pth")
+    (www / "file.pth").write_bytes((www / "whole.pth").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        weights.read(f"{url}/file.pth")
+    (www / "whole.pth").rename(www / "file.pth")
+    assert torch.equal(weights.read(f"{url}/file.pth")["model"]["norm.bias"], micro["norm.bias"])
 
 
 def test_checksums_in_names():
     for name, checksum in (("deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"), ("run-20240101.pth", None), ("kat_tiny_patch16_224.pth", None),
+                           ("kat_tiny_1a2b3c4d.pth", None), (f"kat_tiny_{'1a' * 32}.pth", "1a" * 32),
                            ("S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz", None), ("model_best.pth", None)):
-        found = weights.CHECKSUM.search(name)
-        assert (found and found[1]) == checksum, name
+        assert weights._checksum_in(name) == checksum, name
 
 
 def test_published_files_belong_to_their_models():
     """KAT's README gives the small file as tiny and the tiny one as small; the names say which is which."""
     for (size, tag), url in PUBLISHED.items():
-        assert f"kat_{size}_patch" in url and len(weights.CHECKSUM.search(url)[1]) == 64
+        assert f"kat_{size}_patch" in url and len(weights._checksum_in(url)) == 64
         assert weights.model_in(url) == f"kat_{size}_patch16_224"
         assert default_cfgs[f"kat_{size}_patch16_224"].cfgs[tag].url == url
     small = Path(PUBLISHED["small", "scratch"]).name
     with pytest.raises(CheckpointError, match="kat_tiny_patch16_224 .its name says kat_small_patch16_224.*shape"):
-        weights.load(timm.create_model("kat_tiny_patch16_224"), timm.create_model("kat_small_patch16_224").state_dict(), small)
+        load_all(timm.create_model("kat_tiny_patch16_224"), timm.create_model("kat_small_patch16_224").state_dict(), small)
 
 
 @pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
@@ -225,7 +240,7 @@ def test_bad_files_get_a_sentence_and_run_nothing(tmp_path, monkeypatch, recwarn
     for name, sentence in {"hostile.pth": r"(posix|nt)\.system.*nothing in it was run", "hostile_old.pth": r"(posix|nt)\.system", "module.pth": "other than tensors",
                            "pickle.pth": "nothing in it was run", "hostile.npz": "damaged", "other.npz": "damaged", "other.safetensors": "damaged",
                            "truncated.pth": "damaged", "truncated.npz": "damaged", "empty.pth": "damaged", "empty.npz": "damaged", "text.pth": "damaged",
-                           "list.pth": "holds a list", "no_weights.pth": "no weights", "folder.pth": "there is no checkpoint",
+                           "list.pth": "holds a list", "no_weights.pth": "no weights", "folder.pth": "is a folder",
                            "missing.pth": "there is no checkpoint missing.pth"}.items():
         with pytest.raises(CheckpointError, match=sentence) as caught:
             weights.read(name)
@@ -241,7 +256,7 @@ def test_everything_that_does_not_fit_is_named():
     source = random_weights("vit_micro_patch8_32", num_classes=4, depth=3)
     model = micro(img_size=48, patch_size=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    lines = weights.load_matching(model, {**source, "extra.0.w": torch.zeros(2), "extra.1.w": torch.zeros(2), "extra.3.w": torch.zeros(1)}, "file")
+    lines = load_matching(model, {**source, "extra.0.w": torch.zeros(2), "extra.1.w": torch.zeros(2), "extra.3.w": torch.zeros(1)}, "file")
     assert lines[0] == "42 of 72 tensors taken from file"
     assert lines[1] == "  resampled: pos_embed (1, 17, 64) -> (1, 145, 64), patch_embed.proj.weight (64, 3, 8, 8) -> (64, 3, 4, 4)"
     assert lines[2] == "  of another shape, not loaded: head.weight (4, 64) -> (10, 64), head.bias (4,) -> (10,)"
@@ -256,8 +271,8 @@ def test_everything_that_does_not_fit_is_named():
 
 def test_weights_of_another_model_are_refused_by_finetuning():
     """The rationals and the classifier's bias of KAT-S fit KAT-T; that is not fine-tuning."""
-    with pytest.raises(CheckpointError, match=r"file does not fit the model kat_micro_patch8_32: nothing was loaded, because its tensors cover 314 of"):
-        weights.load_matching(micro(), random_weights("kat_micro_patch8_32", embed_dim=96, num_classes=10), "file")
+    with pytest.raises(CheckpointError, match=r"file does not fit the model kat_micro_patch8_32: nothing was loaded, because the tensors that fit are 314 of"):
+        load_matching(micro(), random_weights("kat_micro_patch8_32", embed_dim=96, num_classes=10), "file")
 
 
 @pytest.mark.parametrize("source, target", [("kat_micro_distilled_patch8_32", "kat_micro_patch8_32"), ("kat_micro_patch8_32", "kat_micro_distilled_patch8_32")])
@@ -266,7 +281,7 @@ def test_distillation_tokens_come_and_go(source, target, size):
     state = random_weights(source, num_classes=10)
     model = micro(target, img_size=size)
     own = model.state_dict()["pos_embed"].clone()
-    weights.load_matching(model, state, "file")
+    load_matching(model, state, "file")
     loaded, tokens = model.state_dict()["pos_embed"], model.num_prefix_tokens
     assert torch.equal(loaded[:, 0], state["pos_embed"][:, 0])
     if tokens == 2:
@@ -279,10 +294,10 @@ def test_a_resampled_constant_stays_constant():
     state = random_weights("kat_micro_patch8_32", num_classes=10)
     state["pos_embed"][:, 1:] = torch.arange(64.0)
     model = micro(img_size=72)
-    weights.load(model, state, "file", resample=True)
+    load_all(model, state, "file", resample=True)
     torch.testing.assert_close(model.pos_embed[:, 1:], torch.arange(64.0).expand(1, 81, 64))
     with pytest.raises(CheckpointError, match="pos_embed has shape"):
-        weights.load(micro(img_size=72), state, "file")
+        load_all(micro(img_size=72), state, "file")
 
 
 @pytest.mark.parametrize("size", [160, 224, 288])
@@ -291,10 +306,114 @@ def test_a_vit_becomes_a_kat_with_the_same_outputs(size):
     state = random_weights("vit_tiny_patch16_224")
     vit, kat = (timm.create_model(name, img_size=size).eval() for name in ("vit_tiny_patch16_224", "kat_tiny_gelu_patch16_224"))
     for model in (vit, kat):
-        lines = weights.load_matching(model, state, "vit")
+        lines = load_matching(model, state, "vit")
     assert lines[-1].startswith("  not in the file, start anew: blocks.{0-11}.mlp.act1.weight_numerator, ") and "152 of 200" in lines[0]
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         ours, theirs = kat(images), vit(images)
     assert theirs.std() > 0.5
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=0)
+
+
+def test_what_a_file_says_about_its_model_cannot_make_timm_read_another(tmp_path, monkeypatch):
+    import timm.models._factory
+    monkeypatch.setattr(timm.models._factory, "load_checkpoint", lambda *args, **kwargs: pytest.fail("timm was made to read a file"))
+    for option in ({"checkpoint_path": "second.bin"}, {"pretrained": True}, {"pretrained_cfg": {"url": "http://x"}}, {"cache_dir": "/tmp"}):
+        ours = {"model": random_weights("kat_micro_patch8_32"), "versions": {}, "args": {"model": "kat_micro_patch8_32", "model_kwargs": option}}
+        theirs = {"state_dict": ours["model"], "args": argparse.Namespace(model="kat_micro_patch8_32", model_kwargs=option)}
+        for content in (ours, theirs):
+            torch.save(content, tmp_path / "file.pth")
+            with pytest.raises(CheckpointError, match=f"asks for the model option {next(iter(option))}"):
+                weights.read(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("entry", [{"args": argparse.Namespace(lr=1)}, {"args": {"mean": ["a", "b", "c"]}}, {"args": {"model_kwargs": [1]}}, {"args": {"model": 3}},
+                                   {"args": {"input_size": "32"}}, {"best": [1]}, {"classes": [1, 2]}, {"epoch": "3"}])
+def test_entries_of_another_type_are_damage(tmp_path, entry):
+    torch.save({"model": {"w": torch.ones(1)}, "versions": {}, **entry}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="makes no sense"):
+        weights.read(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("kind", ["npz", "legacy.pth", "pth", "safetensors"])
+def test_flipped_bytes_never_end_in_a_traceback(tmp_path, kind):
+    rng, path = np.random.default_rng(0), tmp_path / f"file.{kind}"
+    if kind == "npz":
+        np.savez_compressed(path, **npz_arrays(16, 1, 2, 4, 2, 3))
+    elif kind == "safetensors":
+        save_file({"w": torch.ones(50)}, path)
+    else:
+        torch.save({"model": {"w": torch.ones(50)}}, path, _use_new_zipfile_serialization=kind == "pth")
+    whole, refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            weights.read(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 5
+
+
+VITS = {"plain": {}, "no_embed_class": {"no_embed_class": True}, "registers": {"reg_tokens": 4, "no_embed_class": True}, "counted registers": {"reg_tokens": 4},
+        "average": {"class_token": False, "global_pool": "avg"}}
+
+
+@pytest.mark.parametrize("source", VITS)
+@pytest.mark.parametrize("target", VITS)
+@pytest.mark.parametrize("size", [32, 48])
+def test_positions_of_patches_find_their_place_whatever_stands_before_them(source, target, size):
+    state = random_weights("vit_micro_patch8_32", num_classes=10, **VITS[source])
+    model = micro("vit_micro_patch8_32", img_size=size, **VITS[target])
+    before = model.pos_embed.detach().clone()
+    if source == target:
+        load_all(model, state, "file", resample=True)
+    else:
+        load_matching(model, state, "file")
+    patches = (size // 8) ** 2
+    first, theirs = model.pos_embed.shape[1] - patches, state["pos_embed"].shape[1] - 16
+    assert torch.equal(model.pos_embed[:, :min(first, theirs)], state["pos_embed"][:, :min(first, theirs)])
+    assert torch.equal(model.pos_embed[:, theirs:first], before[:, theirs:first])
+    if size == 32:
+        assert torch.equal(model.pos_embed[:, first:], state["pos_embed"][:, theirs:])
+    else:
+        torch.testing.assert_close(model.pos_embed[:, first:].mean(1), state["pos_embed"][:, theirs:].mean(1), atol=0.1, rtol=0)
+
+
+def test_position_embeddings_that_make_no_sense_are_listed(tmp_path):
+    for wrong in (torch.zeros(()), torch.zeros(5), torch.zeros(1, 12, 64)):
+        state = {**random_weights("vit_micro_patch8_32", num_classes=10), "pos_embed": wrong}
+        with pytest.raises(CheckpointError):
+            load_all(micro("vit_micro_patch8_32"), state, "file", resample=True)
+        assert any("another shape, not loaded: pos_embed" in line for line in load_matching(micro("vit_micro_patch8_32"), state, "file"))
+        torch.save(state, tmp_path / "file.pth")
+        weights.read(tmp_path / "file.pth")
+
+
+def test_the_format_is_seen_in_the_file_not_in_its_name(tmp_path):
+    state, arrays = random_weights("kat_micro_patch8_32"), npz_arrays(16, 1, 2, 4, 2, 3)
+    save_file(state, tmp_path / "pytorch_model.bin")
+    np.savez(tmp_path / "vit.npz", **arrays)
+    (tmp_path / "vit.npz").rename(tmp_path / "vit")
+    torch.save(state, tmp_path / "kat.safetensors.pth")
+    for name in ("pytorch_model.bin", "kat.safetensors.pth"):
+        assert torch.equal(weights.read(tmp_path / name)["model"]["norm.bias"], state["norm.bias"])
+    read = weights.read(tmp_path / "vit")
+    assert torch.equal(read["model"]["head.bias"], torch.from_numpy(arrays["head/bias"])) and read["args"]["mean"] == [0.5] * 3  # AugReg's images
+
+
+def test_harmless_neighbours_of_the_weights(tmp_path):
+    state = random_weights("kat_micro_patch8_32")
+    for neighbour in ({"metric": np.float64(74.5)}, {"max_accuracy": np.float32(3), "epoch": 2}, {"args": "kat"}, {"args": [1]},
+                      {"args": argparse.Namespace(input_size=[], mean=0.5, crop_pct="x", model_kwargs="abc", img_size=-3, model=7)}):
+        torch.save({"state_dict": state, **neighbour}, tmp_path / "file.pth")
+        assert weights.read(tmp_path / "file.pth")["args"] == {"input_size": 32}
+    torch.save({"net": state, "step": 1}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="no entry 'model' or 'state_dict', but net, step"):
+        weights.read(tmp_path / "file.pth")
+    for wrong in (state["norm.bias"].to_sparse(), state["norm.bias"].to("meta"), state["norm.bias"] * 1j, state["norm.bias"] * float("nan")):
+        torch.save({**state, "norm.bias": wrong}, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match="norm.bias"):
+            weights.read(tmp_path / "file.pth")

@@ -21,6 +21,7 @@ import weights
 from arguments import Arguments, Parser, parse
 from models.build import build_model, outputs_of
 from models.kat import KATMixin
+from models.load import choose, load_matching
 from utils import UserError
 
 # the arguments that describe a model and its images
@@ -56,27 +57,29 @@ def describe(checkpoint: dict, options: Namespace, source: str) -> Arguments:
     argv += [f"--{key}={value}" for key in ("model", "input_size", "nb_classes") if (value := getattr(options, key, None)) is not None]
     argv += [] if options.use_ema is None else ["--use-ema" if options.use_ema else "--no-use-ema"]
     argv += ["--model-kwargs", *options.model_kwargs] if getattr(options, "model_kwargs", None) else []
-    return parse(argv, lambda _: {**checkpoint, "args": {key: value for key, value in checkpoint["args"].items() if key in DESCRIPTION}})[0]
+    return parse(argv, lambda _: {**checkpoint, "args": {key: value for key, value in (checkpoint.get("args") or {}).items() if key in DESCRIPTION}})[0]
 
 
 def convert(options: Namespace) -> None:
     target = Path(options.target)
     if os.path.exists(options.source) and target.exists() and os.path.samefile(options.source, target):
         raise UserError(f"SOURCE and TARGET are the same file, {target}")
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: TARGET is a file")
     if target.exists() and not options.force:
         raise UserError(f"{target} exists already: name another file, or replace it with --force")
     if not target.parent.is_dir() or target.suffix == ".npz":
         raise UserError(f"cannot write {target}: " + (".npz is read, not written" if target.parent.is_dir() else f"there is no folder {target.parent}"))
     checkpoint = weights.read(options.source)
     args = describe(checkpoint, options, options.source)
-    chosen, which = weights.choose(checkpoint, args.use_ema)
+    chosen, which = choose(checkpoint, args.use_ema)
     outputs = outputs_of(checkpoint, args) or 0
     utils.seed_everything(args.seed)  # what the source lacks is drawn the same every time
     model = build_model(args, options.nb_classes or outputs, weights_follow=True)
     if isinstance(model, KATMixin):  # was built bare: timm's initialisation is enough for a classifier, KAT's takes long
         model.weight_init_mode = ""
         model.init_weights()
-    print(*weights.load_matching(model, chosen, f"{options.source} ({which} weights)"), sep="\n")
+    print(*load_matching(model, chosen, f"{options.source} ({which} weights)"), sep="\n")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     for name, value in chosen.items():
         if COEFFICIENTS.search(name) and name in state and state[name].shape != value.shape:

@@ -19,6 +19,7 @@ from convert import describe
 from datasets import DataError, load_image
 from labels import class_names
 from models.build import build_model, outputs_of
+from models.load import choose, load_all
 from transforms import build_transform
 from utils import UserError
 
@@ -67,9 +68,9 @@ def predict(options: Namespace) -> int:
         raise UserError(f"--topk must be at least 1, not {options.topk}")
     checkpoint = weights.read(options.checkpoint)
     args = describe(checkpoint, options, options.checkpoint)
-    chosen, which = weights.choose(checkpoint, args.use_ema)
+    chosen, which = choose(checkpoint, args.use_ema)
     model = build_model(args, outputs_of(checkpoint, args), weights_follow=True)
-    weights.load(model, chosen, f"{options.checkpoint} ({which} weights)", resample=True)
+    load_all(model, chosen, f"{options.checkpoint} ({which} weights)", resample=True)
     names = names_of(model.num_classes, checkpoint.get("classes"), options.classes)
     device = utils.init_world(options.device).device
     model.to(device)
