@@ -10,7 +10,7 @@ from losses import DistillationLoss
 from utils import World
 
 ALONE = World(0, 1, torch.device("cpu"))
-ARGS = types.SimpleNamespace(train_mode=True, bce_loss=False, grad_accum_steps=1, print_freq=2, clip_grad=None, clip_mode="norm")
+ARGS = types.SimpleNamespace(train_mode=True, bce_loss=False, cosub=False, grad_accum_steps=1, print_freq=2, clip_grad=None, clip_mode="norm")
 
 
 def args(**changes):

@@ -311,7 +311,7 @@ def test_other_model_or_optimizer_in_the_checkpoint(tmp_path, capfd):
     assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
     capfd.readouterr()
     assert call("--resume", tmp_path / "checkpoint.pth", "--model", "vit_micro_patch8_32", "--device", "cpu", "--epochs", "2") == 2
-    assert "does not fit the model: " in capfd.readouterr().err
+    assert "does not fit the model vit_micro_patch8_32: " in capfd.readouterr().err
     shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "cut.pth")
     os.truncate(tmp_path / "cut.pth", 10_000)
     assert call("--eval", "--resume", tmp_path / "cut.pth") == 2

@@ -185,13 +185,14 @@ def test_setup_says_what_is_wrong(project):
     assert run.returncode == 1 and "needs Python 3.10 to 3.14" in run.stderr
 
 
-def test_quickstart_starts_afresh_and_removes_only_what_it_wrote(project):
+def test_quickstart_removes_nothing(project):
+    """main.py moves an earlier run aside."""
     project.require("pytest>=8")
     (project.root / "main.py").write_text(
         "import sys\nfrom pathlib import Path\n"
         "if '--eval' in sys.argv:\n    print('top-1 97.50 %')\n    sys.exit()\n"
         "out = Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
-        "assert sorted(p.name for p in out.iterdir()) == ['mine.pth'], list(out.iterdir())\n"
+        "assert {'mine.pth', 'checkpoint.pth'} <= {p.name for p in out.iterdir()}\n"
         "assert sys.argv[-2:] == ['--epochs', '1']\n"
         "for name in ('checkpoint.pth', 'best_checkpoint.pth', 'log.txt', 'curves.png'):\n    (out / name).touch()\n"
     )
