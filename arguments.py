@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 
 import models  # noqa: F401  enters our names into timm's registry
 from datasets import DATASETS, INAT_CATEGORIES
+from kan_basis.rational import KERNELS
 from models.kat import INITS
 from utils import UserError
 
@@ -17,7 +18,7 @@ AMP = ("bf16", "fp16", "off")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
 # what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
 NOT_RESUMED = {"resume", "eval", "pretrained", "finetune", "start_epoch", "use_ema", "result", "output_dir", "device", "pin_mem",
-               "world_size", "dist_url", "distributed"}
+               "world_size", "dist_url", "distributed", "kernel"}
 TRAINING_ONLY = {"num_workers", "compile", "run_name", "run_id", "save_every", "mixup", "cutmix", "cutmix_minmax", "distillation_type",
                  "cosub", "attn_only"}
 # what KAT's published commands leave to the defaults of timm's train.py, which they are written for: a positional DATA brings them
@@ -116,6 +117,8 @@ def get_args_parser() -> Parser:
     g = p.add_argument_group("KAN basis")
     g.add_argument("--init", choices=INITS, help="initialisation of KAT models: as the published weights were trained, or as the "
                    "paper describes (default: released)")
+    g.add_argument("--kernel", choices=KERNELS, help="what computes rational functions on a GPU: CUDA kernels or plain PyTorch (default: "
+                   "KAN_KERNEL or auto, the kernels where CuPy is installed)")
     g.add_argument("--decay-rational", action=switch, default=False,
                    help="weight decay on rational coefficients too, as in the published runs; off by default because decay pulls the "
                    "functions towards zero instead of towards a simpler function")

@@ -27,6 +27,7 @@ import weights
 from arguments import Arguments, mixing, parse
 from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
+from kan_basis.rational import use_kernel
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
 from models.build import build_model, freeze_all_but_attention, outputs_of
@@ -73,6 +74,11 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         utils.set_deterministic()
     else:
         torch.backends.cudnn.benchmark = True
+    try:
+        if args.kernel:
+            use_kernel(args.kernel)
+    except ValueError as error:
+        raise UserError(f"--kernel {args.kernel}: {error}") from error
     amp = args.amp or utils.default_amp(world.device)
     if amp == "fp16" and world.device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")

@@ -1,6 +1,7 @@
 """Group-rational functions: the activation of KAT and FlashKAT, in plain PyTorch.
 
-This file is the definition. It is what runs on the CPU and under torch.compile, and what every faster path is tested against.
+This file is the definition. It is what runs on the CPU, and what every faster path is tested against; on a GPU the kernels of cuda/rational.cu
+run instead wherever CuPy is installed (`use_kernel`).
 
     F(x) = P(x) / Q(x),   P(x) = a_0 + a_1 x + ... + a_m x^m,   Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n
 
@@ -9,14 +10,56 @@ Source: Molina et al. 2020 (arXiv:1907.06732), version A; sharing by channel gro
 """
 import json
 import math
+import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+try:  # registers the operators; CuPy is imported at the first launch
+    from cuda import launch, rational as kernel
+except ImportError as error:  # another package of that name
+    kernel, _why_not = None, f"the kernels in cuda/ cannot be imported ({error})"
+else:
+    kernel, _why_not = (kernel, "") if launch.available() else (None, "CuPy is not installed (pip install cupy-cuda13x)")
+
 CHUNK = 1 << 18  # elements evaluated at once on the CPU: the temporaries of one chunk stay in its caches
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+KERNELS = ("auto", "cuda", "torch")
+_choice = os.environ.get("KAN_KERNEL", "auto")
+
+
+def use_kernel(choice: str) -> None:
+    """auto: the CUDA kernels where they can run, else plain PyTorch, with one warning; cuda: the kernels; torch: plain PyTorch.
+
+    Also by the environment variable KAN_KERNEL.
+    Raises: ValueError for another choice, or for cuda where the kernels cannot run.
+    """
+    global _choice
+    if choice not in KERNELS:
+        raise ValueError(f"unknown kernel '{choice}'; there are: {', '.join(KERNELS)}")
+    if choice == "cuda" and (kernel is None or not torch.cuda.is_available()):
+        raise ValueError(f"the CUDA kernels cannot run here: {_why_not or 'there is no CUDA GPU'}")
+    _choice = choice
+
+
+@lru_cache(maxsize=None)
+def _warn_once() -> None:
+    warnings.warn(f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {_why_not}", stacklevel=4)
+
+
+def _by_kernel(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
+    if _choice == "torch" or not x.is_cuda or torch.onnx.is_in_onnx_export():
+        return False
+    if kernel is None:
+        if not torch.compiler.is_compiling():
+            _warn_once()
+        return False
+    return kernel.supports(x, numerator, denominator)
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int = -1) -> Tensor:
@@ -38,10 +81,22 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
         dtype, as torch.nn.functional.linear does. Coefficient gradients have the coefficients' dtype.
     Raises: TypeError if a tensor is not floating point; ValueError if shapes or devices do not fit together.
     """
-    _check(x, numerator, denominator, channel_dim)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if not _fits(x, numerator, denominator, channel_dim):
+        _check(x, numerator, denominator, channel_dim)
+    if x.dtype is not torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Rational.apply(x, numerator, denominator, channel_dim % x.ndim)
+    dim = channel_dim % x.ndim
+    if not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)) and _by_kernel(
+            x, numerator, denominator):
+        return torch.ops.kan.rational(x, numerator, denominator, dim)  # as below, without autograd's cost
+    return _Rational.apply(x, numerator, denominator, dim)
+
+
+def _fits(x: Tensor, a: Tensor, b: Tensor, dim: int) -> bool:
+    """Whether `_check` has nothing to say, quickly: on a GPU the time of a small call is that of its Python."""
+    return (x.dtype in FLOAT_DTYPES and a.dtype in FLOAT_DTYPES and b.dtype in FLOAT_DTYPES and x.device == a.device == b.device
+            and a.ndim == b.ndim == 2 and a.numel() > 0 and b.numel() > 0 and -x.ndim <= dim < x.ndim
+            and x.shape[dim] % a.shape[0] == 0 and x.shape[dim] % b.shape[0] == 0)
 
 
 def _check(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int) -> None:
@@ -113,7 +168,9 @@ class _Rational(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(x, numerator, denominator)
-        ctx.dim = dim
+        ctx.dim, ctx.by_kernel = dim, _by_kernel(x, numerator, denominator)
+        if ctx.by_kernel:
+            return torch.ops.kan.rational(x, numerator, denominator, dim)
         x3, dtype, a, b = _Rational._prepare(x, numerator, denominator, dim)
         if _whole(x):
             return _forward(x3.to(dtype), a, b).to(x.dtype).reshape(x.shape)
@@ -127,6 +184,8 @@ class _Rational(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("rational is differentiable once: it has no second derivatives (create_graph=True)")
         x, numerator, denominator = ctx.saved_tensors
+        if ctx.by_kernel:
+            return *torch.ops.kan.rational_backward(grad, x, numerator, denominator, ctx.dim), None
         x3, dtype, a, b = _Rational._prepare(x, numerator, denominator, ctx.dim)
         grad3, coefficients = grad.reshape(x3.shape), any(ctx.needs_input_grad[1:3])
         if _whole(x):

@@ -21,7 +21,7 @@ import models  # noqa: F401
 from tests.reference_vit import npz_arrays
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = r"""
+RECIPE = r""" \
     -b 128 --opt adamw --lr 1e-3 --weight-decay 0.05 --epochs 300 --mixup 0.8 --cutmix 1.0 --sched cosine --smoothing 0.1 --drop-path 0.1 \
     --aa rand-m9-mstd0.5 --remode pixel --reprob 0.25 --amp --crop-pct 0.875 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 \
     --model-ema --model-ema-decay 0.9999 --output output/kat_tiny_swish_patch16_224 """

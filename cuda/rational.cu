@@ -1,0 +1,252 @@
+// Grouped rational function F(x) = P(x) / Q(x) with Q = 1 + sum_j |b_j| |x|^j, forward and backward (formulas: rational_math.h).
+//
+// Layout   x, y, grad, grad_x: contiguous (outer, groups, length): `length` neighbours share one function. Channels last is (rows, G, C / G),
+//          (B, C, H, W) is (B, G, C / G * H * W). Function g has the rows g / a_share of the numerator (., M + 1) and g / b_share of the
+//          denominator (., N), so that each may be shared more widely than the other.
+// Types    x, y, grad, grad_x: float, half or bfloat16; coefficients, their gradients, arithmetic and sums: float.
+// Launch   Flat: persistent blocks, vector i of the tensor goes to thread i modulo the grid, whose size is a multiple of `period`, the vectors of
+//          one row of groups: a thread meets one function only and keeps it in registers. Segments: block b meets function b modulo groups only;
+//          for long segments. Tiles: as flat, but a block takes one stretch and ends. All prefetch STAGES - 1 vectors into shared memory slots of the thread's own (cp.async), no barrier in the loop.
+// Sums     registers -> block -> partials (blocks, groups, M + 1 + N) -> teams of 64 blocks -> all, each step in a fixed order, in double from the
+//          block on, by whichever block finishes last. No float atomics: equal inputs give equal bits.
+// Source   Yang & Wang 2025 (arXiv:2409.10594), Molina et al. 2020 (arXiv:1907.06732), version A.
+#include "common.cuh"
+#include "rational_math.h"
+
+template <bool VECTORS> struct IndexOf { typedef int type; };  // vectors: fewer than 2^31 of 16 bytes
+template <> struct IndexOf<false> { typedef i64 type; };
+template <bool VECTORS> using Index = typename IndexOf<VECTORS>::type;
+
+constexpr int TEAM = 64;
+
+// The way of one thread through the tensor, in units of what it takes at once (V elements or one): j counts what its blocks go over, i is the
+// place in the tensor. Flat: both are the same.
+template <typename I, bool SEGMENTS>
+struct Walk {
+    I i, j, n, step;
+    I col, length, row_step, col_step;  // segments only
+
+    // tile: how much each block takes of the tensor, one stretch after the other; 0: blocks take turns
+    __device__ __forceinline__ void start(i64 outer, int groups, int length_, int tile) {
+        const int blocks = SEGMENTS ? gridDim.x / groups : gridDim.x, rank = SEGMENTS ? blockIdx.x / groups : blockIdx.x;
+        n = I(outer * length_ * (SEGMENTS ? 1 : groups));
+        j = I(rank) * (tile ? tile : blockDim.x) + threadIdx.x, step = I(tile ? 1 : blocks) * blockDim.x;
+        if (tile && n > I(rank + 1) * tile) n = I(rank + 1) * tile;
+        i = j;
+        if (SEGMENTS) {
+            length = length_, col = j % length, col_step = step % length;
+            row_step = I(groups) * length;
+            i = j / length * row_step + I(blockIdx.x % groups) * length + col;
+        }
+    }
+    __device__ __forceinline__ void next() {
+        j += step;
+        if (SEGMENTS) {
+            i += step / length * row_step + col_step, col += col_step;
+            if (col >= length) col -= length, i += row_step - length;
+        } else {
+            i = j;
+        }
+    }
+    // where this thread will be `steps` steps later
+    __device__ __forceinline__ I later(int steps) const {
+        if (!SEGMENTS) return i + steps * step;
+        const I k = j + steps * step;
+        return i - (j / length) * row_step - col + k / length * row_step + k % length;
+    }
+};
+
+__device__ __forceinline__ int group_of_thread(bool segments, int groups, int length, int tile) {
+    if (segments) return blockIdx.x % groups;
+    if (tile) return threadIdx.x % (groups * length) / length;  // a tile is whole rows of groups
+    return int((i64(blockIdx.x) * (tile ? tile : blockDim.x) + threadIdx.x) % (i64(groups) * length)) / length;
+}
+
+template <typename T, int M, int N, bool VECTORS, bool SEGMENTS, int THREADS, int BLOCKS, int STAGES>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+rational_forward_kernel(const T* __restrict__ x, const float* __restrict__ numerator, const float* __restrict__ denominator, T* __restrict__ y,
+                        i64 outer, int groups, int length, int a_share, int b_share, int tile) {
+    extern __shared__ uint4 slots[];
+    constexpr int V = 16 / sizeof(T);
+    uint4* slot = slots + threadIdx.x;
+    Walk<Index<VECTORS>, SEGMENTS> walk;
+    walk.start(outer, groups, length, tile);
+    const auto* x16 = reinterpret_cast<const uint4*>(x);
+    const auto fetch = [&](int s, int steps) {
+        if (walk.j + steps * walk.step < walk.n) copy_async(slot + s * THREADS, x16 + walk.later(steps));
+        commit_copies();
+    };
+    if (VECTORS) {
+#pragma unroll
+        for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
+    }
+    const int group = group_of_thread(SEGMENTS, groups, length, tile);
+    Coefficients<M, N> c;
+    c.load(numerator + i64(group / a_share) * (M + 1), denominator + i64(group / b_share) * N);
+    while (walk.j < walk.n) {
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) {
+            if (walk.j >= walk.n) break;
+            if (VECTORS) {
+                wait_copies<STAGES - 2>();
+                float v[V];
+                Vec16<T>::unpack(slot[s * THREADS], v);
+                fetch((s + STAGES - 1) % STAGES, STAGES - 1);
+#pragma unroll
+                for (int k = 0; k < V; k++) v[k] = rational_forward(v[k], c);
+                __stcs(reinterpret_cast<uint4*>(y) + walk.i, Vec16<T>::pack(v));
+            } else {
+                y[walk.i] = from_float<T>(rational_forward(to_float(x[walk.i]), c));
+            }
+            walk.next();
+        }
+    }
+}
+
+// Sums of `count` rows of `items` floats, in a fixed order, into one row; by the threads of a block.
+__device__ void sum_rows(const float* rows, int count, int items, float* row, double* table) {
+    const int parts = items < blockDim.x ? blockDim.x / items : 1;
+    for (int first = 0; first < items; first += blockDim.x) {  // once, unless there are more items than threads
+        const int item = first + (parts > 1 ? threadIdx.x % items : threadIdx.x), part = parts > 1 ? threadIdx.x / items : 0;
+        double sum[4] = {0.0, 0.0, 0.0, 0.0};
+        if (item < items && part < parts) {
+            int r = part;
+            for (; r + 3 * parts < count; r += 4 * parts)
+#pragma unroll
+                for (int m = 0; m < 4; m++) sum[m] += __ldcg(rows + i64(r + m * parts) * items + item);
+            for (; r < count; r += parts) sum[0] += __ldcg(rows + i64(r) * items + item);
+            table[threadIdx.x] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        }
+        __syncthreads();
+        if (part == 0 && item < items) {
+            double total = 0.0;
+            for (int p = 0; p < parts; p++) total += table[p * (parts > 1 ? items : 0) + threadIdx.x];
+            __stcg(row + item, float(total));
+        }
+        __syncthreads();
+    }
+}
+
+// Whether this block is the last of `blocks` to come here, in which case it sees what the others wrote; the counter is zero again then.
+__device__ bool last_of(unsigned* counter, int blocks) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(counter, 1u) == blocks - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+
+template <typename T, int M, int N, bool VECTORS, bool SEGMENTS, int THREADS, int BLOCKS, int STAGES>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ numerator,
+                         const float* __restrict__ denominator, T* __restrict__ grad_x, float* __restrict__ grad_numerator,
+                         float* __restrict__ grad_denominator, float* __restrict__ partials, unsigned* __restrict__ finished, i64 outer, int groups,
+                         int length, int a_share, int b_share, int tile) {
+    constexpr int K = M + 1 + N;
+    extern __shared__ uint4 slots[];
+    constexpr int V = 16 / sizeof(T);
+    uint4 *x_slot = slots + threadIdx.x, *grad_slot = x_slot + STAGES * THREADS;
+    Walk<Index<VECTORS>, SEGMENTS> walk;
+    walk.start(outer, groups, length, tile);
+    const auto *x16 = reinterpret_cast<const uint4*>(x), *grad16 = reinterpret_cast<const uint4*>(grad);
+    const auto fetch = [&](int s, int steps) {
+        if (walk.j + steps * walk.step < walk.n) {
+            const auto place = walk.later(steps);
+            copy_async(x_slot + s * THREADS, x16 + place);
+            copy_async(grad_slot + s * THREADS, grad16 + place);
+        }
+        commit_copies();
+    };
+    if (VECTORS) {
+#pragma unroll
+        for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
+    }
+    const int group = group_of_thread(SEGMENTS, groups, length, tile);
+    Coefficients<M, N> c;
+    c.load(numerator + i64(group / a_share) * (M + 1), denominator + i64(group / b_share) * N);
+    float sums[K];
+#pragma unroll
+    for (int k = 0; k < K; k++) sums[k] = 0.0f;
+    while (walk.j < walk.n) {
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) {
+            if (walk.j >= walk.n) break;
+            if (VECTORS) {
+                wait_copies<STAGES - 2>();
+                float v[V], g[V];
+                Vec16<T>::unpack(x_slot[s * THREADS], v);
+                Vec16<T>::unpack(grad_slot[s * THREADS], g);
+                fetch((s + STAGES - 1) % STAGES, STAGES - 1);
+#pragma unroll
+                for (int k = 0; k < V; k++) v[k] = rational_backward(g[k], v[k], c, sums);
+                __stcs(reinterpret_cast<uint4*>(grad_x) + walk.i, Vec16<T>::pack(v));
+            } else {
+                grad_x[walk.i] = from_float<T>(rational_backward(to_float(grad[walk.i]), to_float(x[walk.i]), c, sums));
+            }
+            walk.next();
+        }
+    }
+
+    __syncthreads();  // the slots become the table of the threads' sums, (K, THREADS + 1)
+    float* table = reinterpret_cast<float*>(slots);
+#pragma unroll
+    for (int k = 0; k < K; k++) table[k * (THREADS + 1) + threadIdx.x] = sums[k];
+    __syncthreads();
+    if (SEGMENTS) {
+        for (int k = threadIdx.x / 32; k < K; k += THREADS / 32) {  // a warp for each sum
+            double sum = 0.0;
+            for (int t = threadIdx.x % 32; t < THREADS; t += 32) sum += table[k * (THREADS + 1) + t];
+#pragma unroll
+            for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+            if (threadIdx.x % 32 == 0) __stcg(partials + i64(blockIdx.x) * K + k, float(sum));
+        }
+    } else {
+            const int period = groups * length, first = int(i64(blockIdx.x) * (tile ? tile : THREADS) % period);
+        const int outputs = groups * K, parts = max(1, THREADS / outputs), terms = length * ((THREADS + period - 1) / period);
+        __shared__ double part_sums[THREADS];
+        for (int first_output = 0; first_output < outputs; first_output += THREADS) {  // once, unless there are more outputs than threads
+            const int o = first_output + (parts > 1 ? threadIdx.x % outputs : threadIdx.x), part = parts > 1 ? threadIdx.x / outputs : 0;
+            const int g = o / K, k = o % K;
+            double sum = 0.0;
+            if (o < outputs && part < parts)
+                for (int term = part; term < terms; term += parts) {
+                    const int col = g * length + term % length, t = col - first + (col < first ? period : 0) + term / length * period;
+                    if (t < THREADS) sum += table[k * (THREADS + 1) + t];
+                }
+            part_sums[threadIdx.x] = sum;
+            __syncthreads();
+            if (part == 0 && o < outputs) {
+                for (int p = 1; p < parts; p++) sum += part_sums[p * outputs + threadIdx.x];
+                __stcg(partials + i64(blockIdx.x) * outputs + o, float(sum));
+            }
+            __syncthreads();
+        }
+    }
+
+    // the last block of each TEAM sums the rows of its team, the last team the rows of all teams
+    const int items = groups * K, blocks = SEGMENTS ? gridDim.x / groups : gridDim.x, teams = (blocks + TEAM - 1) / TEAM;
+    const int team = (SEGMENTS ? blockIdx.x / groups : blockIdx.x) / TEAM, members = min(TEAM, blocks - team * TEAM);
+    double* sums_table = reinterpret_cast<double*>(slots);
+    float* team_rows = partials + i64(blocks) * items;
+    if (!last_of(finished + 1 + team, SEGMENTS ? members * groups : members)) return;
+    sum_rows(partials + i64(team) * TEAM * items, members, items, team_rows + i64(team) * items, sums_table);
+    if (!last_of(finished, teams)) return;
+    float* total = partials;  // nobody reads the blocks' rows any more
+    sum_rows(team_rows, teams, items, total, sums_table);
+    __syncthreads();
+    const int a_size = groups / a_share * (M + 1), b_size = groups / b_share * N;
+    for (int o = threadIdx.x; o < a_size + b_size; o += THREADS) {
+        const bool is_a = o < a_size;
+        const int own = is_a ? o : o - a_size, width = is_a ? M + 1 : N, share = is_a ? a_share : b_share, row = own / width;
+        const float* column = total + i64(row) * share * K + own % width + (is_a ? 0 : M + 1);
+        double sum = 0.0;
+        for (int g = 0; g < share; g++) sum += __ldcg(column + g * K);
+        if (is_a) grad_numerator[own] = float(sum);
+        else grad_denominator[own] = float(denominator[own] < 0.0f ? -sum : sum);
+    }
+}

@@ -1,0 +1,259 @@
+"""The CUDA kernels of the rational function: compiled and their arithmetic run on the host everywhere, the rest on a GPU."""
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from cuda import launch
+from cuda import rational as kernel
+from kan_basis import GroupRational, rational
+from tests.test_rational import NAMES, results
+
+definition = importlib.import_module("kan_basis.rational")  # the module, not the function of that name in the package
+gpu = pytest.mark.gpu
+CASES = {  # shape, channel dimension, rows of numerator and denominator
+    "kat": ((64, 197, 768), -1, 1, 8), "shared": ((3, 5, 768), -1, 8, 1), "one": ((2, 3, 64), -1, 1, 1), "channels": ((7, 33, 24), -1, 24, 24),
+    "other rows": ((7, 33, 24), -1, 3, 8), "tail": ((1, 8), -1, 1, 8), "scalar": ((131072 + 16, 1), -1, 1, 1), "odd": ((4, 100, 1000), -1, 1, 8),
+    "many": ((4, 10, 1000), -1, 1000, 1), "images": ((8, 64, 56, 56), 1, 8, 8), "odd images": ((2, 64, 17, 19), 1, 1, 8),
+    "many of images": ((2, 1000, 9, 9), 1, 1, 1000), "segments": ((2, 37, 64, 64), 1, 1, 37), "vector": ((512,), -1, 1, 8)}
+
+
+def instances() -> list[str]:
+    """Template instances: degrees 5 and 4 in all types and layouts, 8/8 and 3/2 in float."""
+    names = []
+    configurations = [*kernel.CONFIG.items(), *((("forward", size), tile) for size in (2, 4) for tile in kernel.TILES[:1])]
+    for (kind, size), (threads, blocks, stages) in configurations:
+        for dtype, name in kernel.TYPES.items():
+            if dtype.itemsize == size:
+                for layout in ("true, false", "true, true", "false, false", "false, true"):
+                    names += [f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages}>"
+                              for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))]
+    return names
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_compiles_without_local_memory(architecture):
+    pytest.importorskip("cupy")
+    from cupy.cuda import nvrtc
+    folders = [Path(path, "include") for root in importlib.util.find_spec("nvidia").submodule_search_locations for path in Path(root).iterdir()]
+    headers = next(folder for folder in folders if (folder / "cuda_bf16.h").exists())
+    program = nvrtc.createProgram(launch.source("rational.cu"), "rational.cu", (), ())
+    for name in instances():
+        nvrtc.addNameExpression(program, name)
+    try:
+        nvrtc.compileProgram(program, [*launch.OPTIONS, f"-arch=sm_{architecture}", f"-I{headers}", "--ptxas-options=-v"])
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    log = nvrtc.getProgramLog(program)
+    assert len(nvrtc.getCUBIN(program)) > 1000 and log.count("spill stores") == len(instances())
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(instances()), log
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """The arithmetic of the kernels, compiled for the host: f(kind, degrees, ...)."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("host")
+    text = '#include "rational_math.h"\n'
+    for m, n in ((5, 4), (8, 8), (3, 2), (0, 1)):
+        text += f'''extern "C" void run_{m}_{n}(int count, const float* g, const float* x, const float* a, const float* b, float* y, float* dx, float* sums) {{
+            Coefficients<{m}, {n}> c; c.load(a, b);
+            for (int i = 0; i < count; i++) {{ y[i] = rational_forward(x[i], c); dx[i] = rational_backward(g[i], x[i], c, sums); }} }}\n'''
+    (folder / "host.cpp").write_text(text)
+    subprocess.run([compiler, "-O2", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{launch.FOLDER}", "-shared", "-fPIC", "-o",
+                    str(folder / "host.so"), str(folder / "host.cpp")], check=True)
+    return ctypes.CDLL(str(folder / "host.so"))
+
+
+@pytest.mark.parametrize("degrees", [(5, 4), (8, 8), (3, 2), (0, 1)])
+def test_arithmetic_on_the_host(host, degrees):
+    x = torch.cat([2 * torch.randn(4096), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0])])
+    g, a, b = torch.randn_like(x), 0.3 * torch.randn(degrees[0] + 1), 0.3 * torch.randn(degrees[1])
+    y, dx, sums = torch.empty_like(x), torch.empty_like(x), torch.zeros(sum(degrees) + 1)
+    getattr(host, "run_{}_{}".format(*degrees))(len(x), *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, a, b, y, dx, sums)))
+    xd, ad, bd = (t.double().requires_grad_() for t in (x[:, None], a[None], b.abs()[None]))
+    yd, dxd, da, db = results(rational, xd, ad, bd, g.double()[:, None])
+    for name, got, want in (("y", y, yd[:, 0]), ("dx", dx, dxd[:, 0]), ("da", sums[:degrees[0] + 1], da[0]), ("db", sums[degrees[0] + 1:], db[0])):
+        assert (got - want).norm() <= 2e-6 * want.norm(), name
+    zero = x == 0  # sign(0) = +1 for 0 and -0
+    expected = g[zero] * ((a[1] if degrees[0] else 0.0) - a[0] * b[0].abs())
+    torch.testing.assert_close(dx[zero], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_plans_cover_every_vector_once():
+
+    for shape, dim, a_rows, b_rows in CASES.values():
+        for size in (2, 4):
+            for aligned in (True, False):
+                for kind in ("forward", "backward"):
+                    (threads, _, _), vectors, segments, grid, outer, groups, length, tile = kernel.plan(kind, shape, dim % len(shape), a_rows, b_rows,
+                                                                                                      size, aligned, 132)
+                    assert outer * groups * length * (16 // size if vectors else 1) == torch.Size(shape).numel()
+                    if segments:
+                        assert grid % groups == 0
+                    else:  # a thread meets one function only
+                        assert (tile or grid * threads) % (groups * length) == 0 and threads % (groups * length if tile else 1) == 0
+                    assert not tile or (grid - 1) * tile < outer * groups * length <= grid * tile
+
+
+def inputs(shape, dim, a_rows, b_rows, dtype, degrees=(5, 4)):
+    x, g = (2 * torch.randn(shape, device="cuda")).to(dtype), torch.randn(shape, device="cuda").to(dtype)
+    return x, 0.3 * torch.randn(a_rows, degrees[0] + 1, device="cuda"), 0.3 * torch.randn(b_rows, degrees[1], device="cuda"), g
+
+
+def gradients(x, a, b, g, dim, choice="cuda"):
+    before = definition._choice
+    definition.use_kernel(choice)
+    try:
+        return results(lambda x, a, b: rational(x, a, b, dim), *(t.detach().clone().requires_grad_() for t in (x, a, b)), g)
+    finally:
+        definition.use_kernel(before)
+
+
+def poison():
+    """What torch hands out next as uninitialised memory holds NaN."""
+    torch.full((1 << 26,), float("nan"), device="cuda")
+
+
+def assert_as_exact_as_torch(x, a, b, g, dim):
+    exact = gradients(x.double(), a.double(), b.double(), g.double(), dim, "torch")
+    plain = gradients(x, a, b, g, dim, "torch")
+    poison()
+    for name, got, own, want in zip(NAMES, gradients(x, a, b, g, dim), plain, exact):
+        assert got.dtype == own.dtype and got.shape == own.shape, name
+        error, allowed = ((t.double() - want).norm() / want.norm().clamp_min(1e-30) for t in (got, own))
+        # sums of few terms of both signs have no digits to compare: 1e-6 of the sum is what float32 terms leave
+        assert error <= 2 * allowed + (3e-7 if name in NAMES[:2] else 3e-6), (name, error.item(), allowed.item())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_definition(case, dtype):
+    shape, dim, a_rows, b_rows = CASES[case]
+    x, a, b, g = inputs(shape, dim, a_rows, b_rows, dtype)
+    x.view(-1)[:2] = torch.tensor([0.0, -0.0])
+    assert_as_exact_as_torch(x, a, b, g, dim)
+    one, two = gradients(x, a, b, g, dim), gradients(x, a, b, g, dim)
+    assert all(torch.equal(p, q) for p, q in zip(one, two))
+
+
+@gpu
+@pytest.mark.parametrize("degrees", [(8, 8), (3, 2), (0, 1), (2, 6), (9, 4)])
+def test_degrees(degrees):
+    assert_as_exact_as_torch(*inputs((9, 7, 48), -1, 2, 3, torch.float32, degrees), -1)
+
+
+@gpu
+def test_coefficient_gradients_are_exact():
+    x, a, b, g = inputs((64, 197, 768), -1, 1, 8, torch.float32)
+    a[:], b[:] = (torch.tensor(v, device="cuda") for v in definition.preset_coefficients("swish", (5, 4)))
+    exact = gradients(x.double(), a.double(), b.double(), g.double(), -1, "torch")
+    for got, want in zip(gradients(x, a, b, g, -1)[2:], exact[2:]):
+        assert (got - want).norm() <= 3e-7 * want.norm()
+
+
+@gpu
+def test_strides_and_offsets():
+    x, a, b, g = inputs((6, 10, 48), -1, 1, 8, torch.bfloat16)
+    views = {"slice": x[:, 2:7], "step": x[::2], "transpose": x.transpose(0, 1), "misaligned": x.view(-1)[1:481].view(10, 48), "expanded": x[:, :1].expand(6, 10, 48)}
+    for name, view in views.items():
+        for grad in (torch.randn_like(view), torch.ones((), device="cuda", dtype=view.dtype).expand(view.shape)):
+            assert_as_exact_as_torch(view, a, b, grad, -1)
+    assert rational(x[:0], a, b).shape == (0, 10, 48)
+    assert all(t.isfinite().all() for t in gradients(x[:0], a, b, x[:0], -1))
+
+
+@gpu
+def test_nothing_is_written_outside():
+    x, a, b, g = inputs((5, 7, 40), -1, 1, 8, torch.float32)
+    guard = torch.full((3, 5, 7, 40), 7.0, device="cuda")
+    function, grid, threads, _, longs, ints, _ = kernel._prepare("forward", x.shape, 2, a.shape, b.shape, x.dtype, True, 0)
+    function(grid, threads, (x.data_ptr(), a.data_ptr(), b.data_ptr(), guard[1].data_ptr()), longs, ints)
+    assert (guard[0] == 7).all() and (guard[2] == 7).all() and torch.equal(guard[1], rational(x, a, b))
+
+
+@gpu
+def test_streams_graphs_autocast_compile_and_export():
+    layer = GroupRational(8, num_channels=96).cuda()
+    x = torch.randn(4, 50, 96, device="cuda")
+    want = layer(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        busy = torch.randn(4096, 4096, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy * 1e-3
+        late = torch.where(busy.sum().isnan(), x, x) * 1  # known only after the products
+        got = layer(late)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(got, want)
+    coefficients = layer.weight_numerator, layer.weight_denominator
+    live = x.clone().requires_grad_()
+    eager = torch.autograd.grad(layer(live).square().sum(), (live, *coefficients))
+    graphed = torch.cuda.make_graphed_callables(GroupRational(8, num_channels=96).cuda(), (torch.zeros_like(x).requires_grad_(),))
+    for _ in range(3):
+        again = x.clone().requires_grad_()
+        found = torch.autograd.grad(graphed(again).square().sum(), (again, graphed.weight_numerator, graphed.weight_denominator))
+        assert all(torch.equal(p, q) for p, q in zip(found, eager))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16 and torch.equal(layer(x), layer(x.bfloat16()))
+    for mode in ("default", "reduce-overhead"):
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, mode=mode)
+        for _ in range(3):
+            live = x.clone().requires_grad_()
+            found = torch.autograd.grad(compiled(live).square().sum(), (live, *coefficients))
+            assert all(torch.equal(p, q) for p, q in zip(found, eager)), mode
+    exported = torch.export.export(layer.eval(), (x,))
+    assert "kan.rational" in str(exported.graph) and torch.equal(exported.module()(x), want)
+    torch.library.opcheck(torch.ops.kan.rational.default, (x, *(c.detach() for c in coefficients), 2), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.kan.rational_backward.default, (x, x, *(c.detach() for c in coefficients), 2),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+@gpu
+def test_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layer, x = GroupRational(8, num_channels=96), torch.randn(4, 96)
+    assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), layer.to("cuda:0")(x.to("cuda:0")).cpu())
+
+
+@gpu
+def test_choice_of_the_kernel(monkeypatch):
+    x, a, b, _ = inputs((2, 16), -1, 1, 8, torch.float32)
+    calls = []
+    monkeypatch.setattr(kernel, "supports", lambda *args: calls.append(1) or False)
+    rational(x, a, b)
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(definition, "_choice", "torch")
+    rational(x, a, b)
+    assert not calls
+    monkeypatch.setattr(definition, "_choice", "auto")
+    monkeypatch.setattr(definition, "kernel", None)
+    definition._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch"):
+        rational(x, a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        rational(x, a, b)
+    with pytest.raises(ValueError, match="cannot run here"):
+        definition.use_kernel("cuda")
+
+
+def test_the_package_cuda_stays_open_for_others():
+    """CuPy imports cuda.pathfinder and torch cuda.bindings: a cuda/__init__.py here would hide both."""
+    assert not (launch.FOLDER / "__init__.py").exists()
+    pytest.importorskip("cupy")
+    import cuda.pathfinder  # noqa: F401
+    with pytest.raises(ValueError, match="unknown kernel 'gpu'"):
+        definition.use_kernel("gpu")
