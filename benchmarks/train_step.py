@@ -1,0 +1,68 @@
+"""Time and peak memory of a training step or of inference, several models side by side.
+
+    python benchmarks/train_step.py vit_tiny_patch16_224 kat_tiny_patch16_224 --batch-size 256 --compile [--inference] [--out rows.jsonl]
+The first model is what the others are compared with.
+"""
+import argparse
+
+import common
+import timm
+import torch
+import torch.nn.functional as F
+
+import models  # noqa: F401
+from kan_basis.rational import KERNELS, use_kernel
+
+
+def measure(name: str, options: argparse.Namespace) -> dict:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=options.input_size).cuda().train(not options.inference)
+    images = torch.randn(options.batch_size, 3, options.input_size, options.input_size, device="cuda")
+    targets = torch.randint(1000, (options.batch_size,), device="cuda")
+    forward = torch.compile(model) if options.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
+
+    def step() -> None:
+        with torch.set_grad_enabled(not options.inference), torch.autocast("cuda", dtype, enabled=dtype is not None):
+            output = forward(images)
+            loss = F.cross_entropy(output, targets)
+        if not options.inference:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    median, low, high = common.times(step, options.milliseconds)
+    return {"model": name, "mode": "inference" if options.inference else "training", "compiled": options.compile, "batch": options.batch_size,
+            "amp": options.amp, "kernel": options.kernel, "ms": median, "ms 20 %": low, "ms 80 %": high, "images/s": options.batch_size / median * 1e3,
+            "peak MiB": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="timm names; ours are among them")
+    parser.add_argument("--batch-size", type=int, default=256, help="images")
+    parser.add_argument("--input-size", type=int, default=224, help="pixels")
+    parser.add_argument("--amp", default="bf16", choices=["bf16", "fp16", "off"], help="precision")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--inference", action="store_true", help="forward pass only")
+    parser.add_argument("--kernel", default="auto", choices=KERNELS, help="what computes the rational functions")
+    parser.add_argument("--milliseconds", type=int, default=1500, help="time to measure for")
+    parser.add_argument("--out", help="file to append rows to")
+    options = parser.parse_args()
+    use_kernel(options.kernel)
+    rows = [measure(name, options) for name in options.models]
+    for row in rows:
+        row |= {"time ratio": row["ms"] / rows[0]["ms"], "memory ratio": row["peak MiB"] / rows[0]["peak MiB"]}
+    common.report(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
