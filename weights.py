@@ -77,7 +77,7 @@ def read(source: str | Path) -> dict:
         return _read_file(path, name)
     except CheckpointError:
         if "://" in name:  # the next try downloads it again
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have been here
         raise
 
 
