@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on one or more nodes under Slurm, one process for each GPU. From the repository root:
 #   sbatch --nodes=2 run_scripts/slurm.sh --model kat_base_patch16_224 --data-path /path/to/imagenet --output-dir out/kat_base ...
-# The arguments go to main.py. A job that is requeued, or submitted again after its time limit, goes on from the last checkpoint
+# The arguments go to main.py, with the number of the job for %j. A job that is requeued, or submitted again after its time limit, goes on from the last checkpoint
 # in --output-dir. Options of sbatch before the script's name override these (a partition, --gpus-per-node=4, --time=24:00:00, ...).
 # The repository, its environment and the data must be on storage that all nodes see.
 #SBATCH --job-name=kan-vit
@@ -23,4 +23,4 @@ port=$((10000 + SLURM_JOB_ID % 20000))  # below the range that systems hand out 
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}" \
     "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node=gpu \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="${nodes[0]}:$port" \
-    "$ROOT/main.py" --resume auto "$@"
+    "$ROOT/main.py" --resume auto "${@//%j/$SLURM_JOB_ID}"

@@ -138,11 +138,29 @@ def test_dist_train_needs_a_number(args, run):
 
 def test_slurm(run):
     slurm = dict(SLURM_JOB_ID="123456", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node[07-08]", SLURM_SUBMIT_DIR=str(ROOT))
-    done, argv = run("run_scripts/slurm.sh", "--model", "m", "--output-dir", "a b", **slurm)
+    done, argv = run("run_scripts/slurm.sh", "--model", "m", "--output-dir", "a b/%j", **slurm)
     assert done.returncode == 0 and "show hostnames node[07-08]" in done.stderr
     assert argv == ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=gpu", "--rdzv_backend=c10d", "--rdzv_id=123456",
-                    "--rdzv_endpoint=node07:13456", str(ROOT / "main.py"), "--resume", "auto", "--model", "m", "--output-dir", "a b"]
+                    "--rdzv_endpoint=node07:13456", str(ROOT / "main.py"), "--resume", "auto", "--model", "m", "--output-dir", "a b/123456"]
     assert refused(run("run_scripts/slurm.sh", **(slurm | {"SLURM_SUBMIT_DIR": "/"}))[0]) and refused(run("run_scripts/slurm.sh")[0])
+
+
+def test_deit_s_command_for_slurm(tmp_path, monkeypatch, capfd):
+    import run_with_submitit
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["--model", "deit_base_patch16_384", "--batch-size", "32", "--finetune", "a b.pth", "--input-size", "384", "--use_volta32", "--nodes", "3",
+               "--lr", "5e-6", "--job_dir", str(tmp_path / "jobs" / "%j")]
+    assert run_with_submitit.main(command) == 2 and "no sbatch here" in capfd.readouterr().err
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nfor argument; do echo "$argument"; done\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    assert run_with_submitit.main(command) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "--nodes=3", "--gpus-per-node=8", "--time=2800", f"--output={tmp_path}/jobs/%j.txt", "--constraint=volta32gb", str(ROOT / "run_scripts/slurm.sh"),
+        "--model", "deit_base_patch16_384", "--batch-size", "32", "--finetune", "a b.pth", "--input-size", "384", "--lr", "5e-6",
+        "--output-dir", f"{tmp_path}/jobs/%j"]
+    assert (tmp_path / "jobs").is_dir()
+    assert run_with_submitit.main(["--model", "deit_base_patch16_224", "--output_dir", "here"]) == 0
+    assert capfd.readouterr().out.splitlines()[-4:] == ["--model", "deit_base_patch16_224", "--output_dir", "here"]
 
 
 def tar(path: Path, files: dict[str, bytes], mode="w") -> bytes:
