@@ -3,6 +3,7 @@ import argparse
 import difflib
 import os
 import sys
+from importlib.util import find_spec
 
 import timm
 from timm.optim import list_optimizers
@@ -126,7 +127,7 @@ def get_args_parser() -> Parser:
     g = p.add_argument_group("optimizer")
     g.add_argument("--batch-size", "--batch", "-b", type=int, default=64, help="images for each process and forward pass")
     g.add_argument("--epochs", type=int, default=100, help="epochs")
-    g.add_argument("--opt", default="adamw", help="any optimizer of timm")
+    g.add_argument("--opt", default="adamw", help="any optimizer of timm; where apex is missing, its fused ones mean timm's")
     g.add_argument("--opt-eps", type=float, help="epsilon of the optimizer (default: the optimizer's)")
     g.add_argument("--opt-betas", type=float, nargs="+", help="betas of the optimizer (default: the optimizer's)")
     g.add_argument("--momentum", type=float, default=0.9, help="momentum, for SGD and its kin")
@@ -269,6 +270,8 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     args = parser.parse_intermixed_args(argv, Arguments())
     args.timm_style, args.data_path = args.data is not None, os.path.abspath(args.data or args.data_path)  # to be evaluated from any folder
     del args.data
+    if args.opt.removeprefix("fused") in list_optimizers() and find_spec("apex") is None:
+        args.opt = args.opt.removeprefix("fused")
     args.pretrained = args.pretrained and not args.finetune  # KAT's scripts give --pretrained-path and --pretrained together
     if args.log_wandb and not args.run_name:
         args.run_name = os.path.basename(os.path.abspath(args.output_dir)) if args.output_dir else args.model

@@ -36,11 +36,15 @@ class Kernel:
     """
 
     def __init__(self, file: str, name: str, shared_bytes: int, device: int) -> None:
-        import cupy
-        with torch.cuda.device(device), cupy.cuda.Device(device):
-            function = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(name)
-            if shared_bytes > 32 << 10:  # more than 48 KiB, static shared memory included, must be asked for
-                function.max_dynamic_shared_size_bytes = shared_bytes
+        try:
+            import cupy
+            with torch.cuda.device(device), cupy.cuda.Device(device):
+                function = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(name)
+                if shared_bytes > 32 << 10:  # more than 48 KiB, static shared memory included, must be asked for
+                    function.max_dynamic_shared_size_bytes = shared_bytes
+        except Exception as error:  # CuPy, NVRTC and the driver have many
+            raise RuntimeError(f"the CUDA kernel {name} could not be compiled or loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
+                               "KAN_KERNEL=torch goes without it, in plain PyTorch") from error
         self.function, self.shared_bytes, self.device = function, shared_bytes, device
         self.handle, self.launch = function.kernel.ptr, cupy.cuda.driver.launchKernel
 

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, deit, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 SIZES = {
@@ -52,3 +52,12 @@ _MICRO = [size for size in SIZES if "micro" in size]
 default_cfgs = generate_default_cfgs({f"vit_{size}": model_cfg(32) for size in _MICRO})
 for _size in _MICRO:
     register(f"vit_{_size}", partial(_vit, f"vit_{_size}", _size), "ViT for 32-pixel images that a CPU can train.")
+
+
+def _deit3(timm_name: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
+    return getattr(deit, timm_name)(pretrained=pretrained, **kwargs)
+
+
+for _name, _timm_name in (("deit_small_patch16_LS", "deit3_small_patch16_224"), ("deit_base_patch16_LS", "deit3_base_patch16_224"),
+                          ("deit_large_patch16_LS", "deit3_large_patch16_224"), ("deit_huge_patch14_LS", "deit3_huge_patch14_224")):
+    register(_name, partial(_deit3, _timm_name), f"DeiT III's own name of {_timm_name}.")

@@ -43,7 +43,11 @@ COMMANDS = {
             "--data-path /path/to/imagenet --output_dir /path/to/save",
     "DeiT at 384": f"python main.py --model deit_tiny_patch16_224 --batch-size 32 --finetune https://dl.fbaipublicfiles.com/deit/{DEIT_FILE} "
                    "--input-size 384 --lr 5e-6 --weight-decay 1e-8 --epochs 30 --min-lr 5e-6 --data-path /path/to/imagenet"}
-SLOW = {"KAT from ViT, as for the small model", "DeiT evaluation", "DeiT at 384"}
+COMMANDS["DeiT III"] = (
+    "python run_with_submitit.py --model deit_small_patch16_LS --data-path /path/to/imagenet --batch-size 256 --lr 4e-3 --epochs 800 --weight-decay 0.05 "
+    "--sched cosine --input-size 224 --reprob 0.0 --smoothing 0.0 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 --seed 0 --opt fusedlamb --warmup-lr 1e-6 "
+    "--mixup .8 --drop-path 0.05 --cutmix 1.0 --unscale-lr --repeated-aug --bce-loss --color-jitter 0.3 --ThreeAugment")
+SLOW = {"DeiT III", "KAT from ViT, as for the small model", "DeiT evaluation", "DeiT at 384"}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,7 @@ def adapted(command: str, folder: Path, server: str) -> str:
     """Other paths, epochs and batch; a URL of files that do not exist here, without the checksum of the real ones."""
     for old, new in (("$DATA_PATH", str(folder / "imagenet")), ("/path/to/imagenet", str(folder / "imagenet")), ("/path/to/save", str(folder / "save")),
                      ("https://dl.fbaipublicfiles.com/deit/" + DEIT_FILE, f"{server}/{DEIT_FILE.replace('-a1311bcf', '-local')}"),
-                     ("\\\n", " "), ("--epochs 300", "--epochs 1"), ("--epochs 30 ", "--epochs 1 ")):
+                     ("\\\n", " "), ("--epochs 300", "--epochs 1"), ("--epochs 800", "--epochs 1"), ("--epochs 30 ", "--epochs 1 ")):
         command = command.replace(old, new)
     return re.sub(r"(-b|--batch-size) \d+", r"\1 2", command) + ("" if "--eval" in command or "validate" in command or "--epochs" in command else " --epochs 1")
 
@@ -103,13 +107,13 @@ def test_published_command(name, place, monkeypatch, capfd):
         assert (values["model"], values["top1"], values["top1_err"], values["param_count"]) == ("kat_tiny_patch16_224", 50.0, 50.0, 5.72)
         assert (values["img_size"], values["crop_pct"], values["interpolation"]) == (224, 0.875, "bicubic") and "amp off" in result.stdout
         return
-    first = next(i for i, word in enumerate(command) if word in ("main.py", "8"))
+    first = next(i for i, word in enumerate(command) if word in ("main.py", "run_with_submitit.py", "8"))
     assert main.main(command[first + 1:]) == 0
     output = capfd.readouterr().out
     if name.startswith(("KAT", "FlashKAT")):
         assert "learning rate 0.001 (not scaled, as in timm's and KAT's scripts" in output and "amp bf16" in output
         assert ("150 of 200 tensors taken from" in output) == ("ViT" in name)
-    assert ("deit_tiny_patch16_224: " in output) == name.startswith("DeiT")
+    assert ("deit_tiny_patch16_224: " in output or "deit_small_patch16_LS: 22" in output) == name.startswith("DeiT")
     if "evaluation" not in name and "output" in " ".join(command):
         saved = folder / ("save" if name == "DeiT" else "output/kat_tiny_swish_patch16_224")
         assert (saved / "best_checkpoint.pth").exists()
