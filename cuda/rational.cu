@@ -59,7 +59,7 @@ struct Walk {
 __device__ __forceinline__ int group_of_thread(bool segments, int groups, int length, int tile) {
     if (segments) return blockIdx.x % groups;
     if (tile) return threadIdx.x % (groups * length) / length;  // a tile is whole rows of groups
-    return int((i64(blockIdx.x) * (tile ? tile : blockDim.x) + threadIdx.x) % (i64(groups) * length)) / length;
+    return int((i64(blockIdx.x) * blockDim.x + threadIdx.x) % (i64(groups) * length)) / length;
 }
 
 template <typename T, int M, int N, bool VECTORS, bool SEGMENTS, int THREADS, int BLOCKS, int STAGES>

@@ -22,9 +22,9 @@ TEAM = 64  # of rational.cu
 
 
 def supports(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
-    """Whether the kernels take these (valid) arguments: 32 or 16 bits, degrees up to 8, at most 16 GiB, at most 4,096 functions."""
+    """Whether the kernels take these (valid) arguments: 32 or 16 bits, degrees up to 8, at most 16 GiB, at most 1,024 functions."""
     return (x.dtype in TYPES and numerator.shape[1] <= MAX_DEGREE + 1 and denominator.shape[1] <= MAX_DEGREE
-            and x.numel() * x.element_size() < 1 << 34 and math.lcm(numerator.shape[0], denominator.shape[0]) <= 4096)
+            and x.numel() * x.element_size() < 1 << 34 and math.lcm(numerator.shape[0], denominator.shape[0]) <= 1024)
 
 
 def plan(kind: str, shape: tuple[int, ...], dim: int, a_rows: int, b_rows: int, size: int, aligned: bool, multiprocessors: int):
