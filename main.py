@@ -31,7 +31,7 @@ from kan_basis.rational import use_kernel
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
 from models.build import build_model, freeze_all_but_attention, outputs_of
-from models.load import choose, load_all, load_matching
+from models.load import choose, known_best, load_all, load_matching
 from samplers import ExactEvalBatchSampler, train_sampler
 from transforms import DeviceLoader, build_loader
 from utils import UserError, World, first_line
@@ -74,11 +74,11 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         utils.set_deterministic()
     else:
         torch.backends.cudnn.benchmark = True
-    try:
-        if args.kernel:
+    if args.kernel:
+        try:
             use_kernel(args.kernel)
-    except ValueError as error:
-        raise UserError(f"--kernel {args.kernel}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"--kernel {args.kernel}: {error}") from error
     amp = args.amp or utils.default_amp(world.device)
     if amp == "fp16" and world.device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
@@ -120,22 +120,19 @@ def num_workers(args: Arguments, world: World) -> int:
 
 
 def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: DeviceLoader, amp: str, args: Arguments, world: World) -> None:
-    models, chosen = {"raw": model}, "raw"
+    models = {"raw": model}
     if checkpoint is not None:
-        own, which = choose(checkpoint, args.use_ema)
-        if args.use_ema is None and checkpoint.get("model_ema") is not None:
-            models = {"raw": model, "EMA": copy.deepcopy(model)}
+        both = args.use_ema is None and checkpoint.get("model_ema") is not None
+        own, which = choose(checkpoint, False if both else args.use_ema)
+        models = {which: model}
+        if both:
+            models["EMA"] = copy.deepcopy(model)
             load_all(models["EMA"], checkpoint["model_ema"], f"the EMA of {args.resume}", resample=True)
-            own = checkpoint["model"]
-        else:
-            models, chosen = {which: model}, which
         if resampled := load_all(model, own, args.resume, resample=True):
             world.log(f"note: resampled {', '.join(resampled)}")
     results = evaluate(models, loader, amp, world)
-    if len(results) > 1:
-        best = checkpoint.get("best", {})  # of this checkpoint's epoch, else the higher of the two
-        is_best = best.get("epoch") == checkpoint.get("epoch") and best.get("weights")
-        chosen = best["weights"] if is_best else max(results, key=lambda name: results[name]["acc1"])
+    known = known_best(checkpoint) if len(results) > 1 else None
+    chosen = known or max(results, key=lambda name: results[name]["acc1"])
     for name, result in results.items():
         world.log(f"{name} weights: " + format_result(result))
     world.log(f"top-1 {results[chosen]['acc1']:.2f} % ({chosen} weights)")
@@ -159,15 +156,16 @@ def train(model: nn.Module, checkpoint: dict | None, train_set, val_loader: Devi
     training, epochs = build_training(model, len(loader), batch_size, model.num_classes, amp, args, world)
     folder = Path(args.output_dir) if args.output_dir else None
     start_epoch, goes_on = args.start_epoch or 0, False
+    updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
     if checkpoint is not None:
-        done = checkpoints.restore(training, checkpoint, -(-len(loader) // args.grad_accum_steps), args, world)
+        done = checkpoints.restore(training, checkpoint, updates_per_epoch, args, world)
         start_epoch = done if args.start_epoch is None else args.start_epoch
         checkpoint.clear()  # its memory
         goes_on = folder is not None and Path(checkpoints.find(args.resume, args.output_dir)).resolve().parent == folder.resolve()
         if folder is None:
             world.log("note: without --output-dir nothing of this run is saved")
     if args.start_epoch is not None:
-        training.updates = start_epoch * -(-len(loader) // args.grad_accum_steps)
+        training.updates = start_epoch * updates_per_epoch
         if training.scheduler is not None and (args.sched != "plateau" or args.warmup_epochs):
             anew = args.sched == "plateau" and checkpoint is None  # a plateau knows its rate from where it came, else from the end of the warm-up
             training.scheduler.step(min(start_epoch, args.warmup_epochs) if anew else start_epoch)

@@ -50,7 +50,9 @@ def _three_numbers(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
 
 
-# what the settings of a model and its images may be
+# what entries of a checkpoint, and among them the settings of a model and its images, may be
+ENTRIES = {"args": lambda v: isinstance(v, dict), "best": lambda v: isinstance(v, dict), "epoch": lambda v: isinstance(v, int),
+           "classes": lambda v: isinstance(v, list) and all(isinstance(c, str) for c in v)}
 ARGS = {"model": lambda v: isinstance(v, str) and (timm.is_model(v.split(".")[0]) or v.startswith(HUB)), "model_kwargs": lambda v: isinstance(v, dict),
         "input_size": lambda v: isinstance(v, int) and v > 0, "mean": _three_numbers, "std": _three_numbers,
         "eval_crop_ratio": lambda v: isinstance(v, (int, float)) and v > 0, "interpolation": lambda v: v in ("bicubic", "bilinear")}
@@ -182,15 +184,11 @@ def _canonical(raw: dict, name: str) -> dict:
 
 def _check(state: dict, name: str) -> None:
     """Raises: CheckpointError if an entry is of another type than every checkpoint has, or an option of the model would read something else."""
-    args, entries = state["args"], {"best": dict, "epoch": int, "classes": list}
-    if not isinstance(args, dict):
-        raise CheckpointError(f"{name} is not a checkpoint or is damaged: its entry 'args' makes no sense")
-    wrong = [entry for entry, kind in entries.items() if not isinstance(state.get(entry, kind()), kind)]
-    wrong += ["classes"] * (not all(isinstance(c, str) for c in state.get("classes", [])) if "classes" not in wrong else 0)
-    wrong += [entry for entry, fits in ARGS.items() if entry in args and not fits(args[entry])]
-    if wrong:
-        raise CheckpointError(f"{name} is not a checkpoint or is damaged: its entry '{wrong[0]}' makes no sense")
-    if unsafe := NOT_OF_A_MODEL & set(args.get("model_kwargs", {})):
+    for found, rules in ((state, ENTRIES), (state["args"], ARGS)):
+        for entry, fits in rules.items():
+            if entry in found and not fits(found[entry]):
+                raise CheckpointError(f"{name} is not a checkpoint or is damaged: its entry '{entry}' makes no sense")
+    if unsafe := NOT_OF_A_MODEL & set(state["args"].get("model_kwargs", {})):
         raise CheckpointError(f"{name} asks for the model option {', '.join(sorted(map(str, unsafe)))}, which is not one of a model; it was not loaded")
 
 

@@ -56,10 +56,16 @@ struct Walk {
     }
 };
 
-__device__ __forceinline__ int group_of_thread(bool segments, int groups, int length, int tile) {
-    if (segments) return blockIdx.x % groups;
-    if (tile) return threadIdx.x % (groups * length) / length;  // a tile is whole rows of groups
-    return int((i64(blockIdx.x) * blockDim.x + threadIdx.x) % (i64(groups) * length)) / length;
+// The coefficients of the one function that this thread meets.
+template <int M, int N, bool SEGMENTS>
+__device__ __forceinline__ Coefficients<M, N> coefficients_of_thread(const float* numerator, const float* denominator, int groups, int length, int a_share,
+                                                                     int b_share, int tile) {
+    const int group = SEGMENTS ? blockIdx.x % groups
+                    : tile ? threadIdx.x % (groups * length) / length  // a tile is whole rows of groups
+                    : int((i64(blockIdx.x) * blockDim.x + threadIdx.x) % (i64(groups) * length)) / length;
+    Coefficients<M, N> c;
+    c.load(numerator + i64(group / a_share) * (M + 1), denominator + i64(group / b_share) * N);
+    return c;
 }
 
 template <typename T, int M, int N, bool VECTORS, bool SEGMENTS, int THREADS, int BLOCKS, int STAGES>
@@ -80,9 +86,7 @@ rational_forward_kernel(const T* __restrict__ x, const float* __restrict__ numer
 #pragma unroll
         for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
     }
-    const int group = group_of_thread(SEGMENTS, groups, length, tile);
-    Coefficients<M, N> c;
-    c.load(numerator + i64(group / a_share) * (M + 1), denominator + i64(group / b_share) * N);
+    const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share, tile);
     while (walk.j < walk.n) {
 #pragma unroll
         for (int s = 0; s < STAGES; s++) {
@@ -166,9 +170,7 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
 #pragma unroll
         for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
     }
-    const int group = group_of_thread(SEGMENTS, groups, length, tile);
-    Coefficients<M, N> c;
-    c.load(numerator + i64(group / a_share) * (M + 1), denominator + i64(group / b_share) * N);
+    const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share, tile);
     float sums[K];
 #pragma unroll
     for (int k = 0; k < K; k++) sums[k] = 0.0f;
@@ -206,7 +208,7 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
             if (threadIdx.x % 32 == 0) __stcg(partials + i64(blockIdx.x) * K + k, float(sum));
         }
     } else {
-            const int period = groups * length, first = int(i64(blockIdx.x) * (tile ? tile : THREADS) % period);
+        const int period = groups * length, first = int(i64(blockIdx.x) * (tile ? tile : THREADS) % period);
         const int outputs = groups * K, parts = max(1, THREADS / outputs), terms = length * ((THREADS + period - 1) / period);
         __shared__ double part_sums[THREADS];
         for (int first_output = 0; first_output < outputs; first_output += THREADS) {  // once, unless there are more outputs than threads

@@ -9,6 +9,9 @@
 
 #ifdef __CUDACC__
 #define HD __device__ __forceinline__
+#define FMA(a, b, c) fmaf(a, b, c)
+#define ABS(a) fabsf(a)
+#define COPYSIGN(a, b) copysignf(a, b)
 HD float reciprocal(float q) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(q));  // q >= 1; within 1 ulp
@@ -16,19 +19,11 @@ HD float reciprocal(float q) {
 }
 #else
 #include <cmath>
-using std::fabs;
 #define HD inline
-HD float reciprocal(float q) { return 1.0f / q; }
-HD float fabsf_(float x) { return std::fabs(x); }
-#endif
-
-#ifdef __CUDACC__
-HD float fabsf_(float x) { return fabsf(x); }
-#define FMA(a, b, c) fmaf(a, b, c)
-#define COPYSIGN(a, b) copysignf(a, b)
-#else
 #define FMA(a, b, c) std::fma(float(a), float(b), float(c))
+#define ABS(a) std::fabs(float(a))
 #define COPYSIGN(a, b) std::copysign(float(a), float(b))
+HD float reciprocal(float q) { return 1.0f / q; }
 #endif
 
 // Coefficients of one function, b as absolute values, with those of the derivatives.
@@ -40,7 +35,7 @@ struct Coefficients {
 #pragma unroll
         for (int i = 0; i <= M; i++) a[i] = numerator[i];
 #pragma unroll
-        for (int j = 0; j < N; j++) b[j] = fabsf_(denominator[j]);
+        for (int j = 0; j < N; j++) b[j] = ABS(denominator[j]);
 #pragma unroll
         for (int i = 0; i < M; i++) r[i] = (i + 1) * a[i + 1];
 #pragma unroll
@@ -50,7 +45,7 @@ struct Coefficients {
 
 template <int M, int N>
 HD float rational_forward(float x, const Coefficients<M, N>& c) {
-    float ax = fabsf_(x), p = c.a[M], q = c.b[N - 1];
+    float ax = ABS(x), p = c.a[M], q = c.b[N - 1];
 #pragma unroll
     for (int i = M - 1; i >= 0; i--) p = FMA(p, x, c.a[i]);
 #pragma unroll
@@ -61,7 +56,7 @@ HD float rational_forward(float x, const Coefficients<M, N>& c) {
 // Returns grad * dF/dx and adds grad * dF/da_i and grad * dF/d|b_j| to sums[0 .. M] and sums[M + 1 .. M + N].
 template <int M, int N>
 HD float rational_backward(float grad, float x, const Coefficients<M, N>& c, float* sums) {
-    float ax = fabsf_(x), p = c.a[M], q = c.b[N - 1], r = M > 0 ? c.r[M > 0 ? M - 1 : 0] : 0.0f, s = c.s[N - 1];
+    float ax = ABS(x), p = c.a[M], q = c.b[N - 1], r = M > 0 ? c.r[M > 0 ? M - 1 : 0] : 0.0f, s = c.s[N - 1];
 #pragma unroll
     for (int i = M - 1; i >= 0; i--) p = FMA(p, x, c.a[i]);
 #pragma unroll
@@ -87,12 +82,12 @@ HD float rational_backward<5, 4>(float grad, float x, const Coefficients<5, 4>& 
     const float *a = c.a, *b = c.b, *r = c.r, *s = c.s;
     float x2 = x * x, x4 = x2 * x2;
     float odd = FMA(FMA(b[2], x2, b[0]), x, 0.0f);  // + 0 turns -0 into 0: the sign of `odd` is sign(x) with sign(0) = +1
-    float q = FMA(b[3], x4, FMA(b[1], x2, 1.0f)) + fabsf_(odd);
+    float q = FMA(b[3], x4, FMA(b[1], x2, 1.0f)) + ABS(odd);
     float ds = FMA(x, FMA(s[3], x2, s[1]), COPYSIGN(FMA(s[2], x2, b[0]), odd));
     float p = FMA(FMA(FMA(a[5], x, a[4]), x2, FMA(a[3], x, a[2])), x2, FMA(a[1], x, a[0]));
     float dp = FMA(FMA(r[4], x2, FMA(r[3], x, r[2])), x2, FMA(r[1], x, r[0]));
     float inverse = reciprocal(q), term = grad * inverse, w = -(p * inverse) * term;
-    float term_x = term * x, w_x = w * fabsf_(x);
+    float term_x = term * x, w_x = w * ABS(x);
     sums[0] += term;
     sums[1] += term_x;
     sums[2] = FMA(term, x2, sums[2]);

@@ -10,15 +10,19 @@ from utils import first_line
 from weights import CheckpointError, model_in, prefix_tokens
 
 
+def known_best(checkpoint: dict) -> str | None:
+    """Which weights, "raw" or "EMA", were the best so far in the very epoch of the checkpoint; None where it does not say."""
+    best = checkpoint.get("best") or {}
+    return best.get("weights") or None if best.get("epoch") == checkpoint.get("epoch") else None
+
+
 def choose(checkpoint: dict, use_ema: bool | None) -> tuple[dict[str, Tensor], str]:
     """Raw or EMA weights, and which. By default what was better in this very epoch, if known, else the EMA if there is one.
 
     Raises: CheckpointError if the EMA is asked for and there is none.
     """
-    best = checkpoint.get("best") or {}
     if use_ema is None:
-        known = best.get("epoch") == checkpoint.get("epoch") and best.get("weights")
-        use_ema = checkpoint.get("model_ema") is not None and (best["weights"] == "EMA" if known else True)
+        use_ema = checkpoint.get("model_ema") is not None and known_best(checkpoint) != "raw"
     if use_ema and checkpoint.get("model_ema") is None:
         raise CheckpointError("--use-ema: the checkpoint holds no averaged weights")
     return (checkpoint["model_ema"], "EMA") if use_ema else (checkpoint["model"], "raw")
