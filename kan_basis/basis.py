@@ -1,0 +1,76 @@
+"""What a basis is: a family of univariate functions phi(x; theta) with P learnable coefficients each.
+
+theta (..., P) broadcasts against x, so that one definition serves element-wise use (the MLP of a KAT: theta shared by a group of channels) and
+edge-wise use (the attention of KArAt: theta[head, r, N] for every pair of an input and an output). A basis holds options, such as the degree, and
+no parameters.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+INITS = ("published", "scaled")
+BASES: dict[str, type["Basis"]] = {}
+
+
+def register(name: str):
+    """Class decorator: enters a basis under `name`. Raises: ValueError if the name is taken."""
+    def enter(cls: type["Basis"]) -> type["Basis"]:
+        if name in BASES:
+            raise ValueError(f"there is a basis '{name}' already: {BASES[name].__name__}")
+        BASES[name] = cls
+        cls.name = name
+        return cls
+    return enter
+
+
+def make_basis(name: str, **options) -> "Basis":
+    """The basis called `name`, or with the published spelling, FourierBasis for fourier. Raises: ValueError for an unknown name."""
+    key = name.removesuffix("Basis").lower()
+    if key not in BASES:
+        raise ValueError(f"unknown basis '{name}'; there are: {', '.join(sorted(BASES))}")
+    return BASES[key](**options)
+
+
+class Basis:
+    """A family of functions. Subclasses set `num_coefficients` P and define `__call__`, or `features` if they are linear."""
+
+    name: str
+    num_coefficients: int
+    linear = False  # in its coefficients: phi(x; theta) = sum_k features(x)_k theta_k
+
+    def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
+        """phi(x; theta): x (...), theta (..., P), broadcast against each other without P; the dtype of x and theta promoted."""
+        return (self.features(x) * theta).sum(-1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(...) -> (..., P), linear bases only."""
+        raise TypeError(f"the {self.name} basis is not linear in its coefficients: it has no features")
+
+    @torch.no_grad()
+    def reset_(self, theta: Tensor, init: str = "published", fan_in: int = 1) -> Tensor:
+        """Fills theta in place.
+
+        published: what the papers describe, without regard to how many functions are summed up. scaled: the sum of `fan_in` functions
+        of independent x ~ N(0, 1) has variance 1.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items() if not isinstance(v, Tensor))})"
+
+
+def mean_square(f, width: float = 8.0, points: int = 4001) -> float:
+    """E[f(x)^2] for x ~ N(0, 1), by quadrature; f takes and returns float64 tensors (points, ...)."""
+    x = torch.linspace(-width, width, points, dtype=torch.float64)
+    density = torch.exp(-x * x / 2)
+    y = f(x)
+    weights = density.reshape(-1, *[1] * (y.ndim - 1))
+    return ((weights * y * y).sum(0) / density.sum()).mean().item()
+
+
+def check_positive(**values: int) -> None:
+    """Raises: ValueError that names the first value below 1."""
+    for name, value in values.items():
+        if value < 1 or not math.isfinite(value):
+            raise ValueError(f"{name} must be at least 1, not {value}")
