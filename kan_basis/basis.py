@@ -62,7 +62,7 @@ class Basis:
 
 def mean_square(f, width: float = 8.0, points: int = 4001) -> float:
     """E[f(x)^2] for x ~ N(0, 1), by quadrature; f takes and returns float64 tensors (points, ...)."""
-    x = torch.linspace(-width, width, points, dtype=torch.float64)
+    x = torch.linspace(-width, width, points, dtype=torch.float64, device="cpu")
     density = torch.exp(-x * x / 2)
     y = f(x)
     weights = density.reshape(-1, *[1] * (y.ndim - 1))

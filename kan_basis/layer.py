@@ -1,0 +1,112 @@
+"""A Kolmogorov-Arnold layer: one learnable univariate function for each pair of an input and an output, for many heads at once.
+
+    out_p = sum_q phi_pq(x_q),    phi_pq(x) = scale_base_pq b(x) + scale_basis_pq basis(x; theta_pq)
+
+A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other is evaluated in chunks,
+and once more in the backward pass, so that nothing of size rows x outputs x inputs ever exists.
+"""
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kan_basis.basis import INITS, Basis, check_positive
+
+MAX_FEATURES = 1 << 24  # elements of the features that one chunk of rows builds
+MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
+
+
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:
+    """function(*tensors) in chunks of at most `size` along `dim`, the results put together along it, recomputed in the backward pass.
+
+    Only the tensors are kept for the backward pass. `keep_rng`: the function draws random numbers, the same again when recomputed.
+    """
+    length = tensors[0].shape[dim]
+    size = math.ceil(length / math.ceil(length / max(1, size))) if length else 1  # chunks of about one length
+    chunks = zip(*(t.split(size, dim) for t in tensors))
+    if torch.is_grad_enabled():
+        results = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=keep_rng) for chunk in chunks]
+    else:
+        results = [function(*chunk) for chunk in chunks]
+    return results[0] if len(results) == 1 else torch.cat(results, dim)
+
+
+class KANLayer(nn.Module):
+    """Sums of learnable univariate functions of the inputs, for h heads in one batched tensor.
+
+    Args:
+        in_features, out_features: N inputs, r outputs.
+        basis: the family of functions, P coefficients each.
+        base_fn: b, an element-wise module, or None for b = 0; then `scale_base` exists all the same, as in the published counts,
+            and is frozen, since its gradient is 0.
+        init: "published", the basis's own; "scaled", the basis part of out_p has variance 1 for x ~ N(0, 1), and scale_base starts
+            at 1 / sqrt(N) instead of 1.
+        init_scale: both scales, hence the outputs, start that many times as large.
+        base_trainable, basis_trainable: False freezes scale_base and the parameters of b, or coefficients and scale_basis.
+    Parameters: coefficients (h, r, N, P), scale_base (h, r, N), scale_basis (h, r, N): N r (P + 2) a head.
+    Shape: (B, h, M, N) -> (B, h, M, r). The features are computed in float32 or float64 also under autocast, which rules the products.
+    Raises: ValueError for sizes below 1, an unknown init, inputs of other heads or width.
+    Source: Kolmogorov-Arnold attention (arXiv:2503.10632).
+    """
+
+    def __init__(self, in_features: int, out_features: int, basis: Basis, num_heads: int = 1, base_fn: nn.Module | None = None,
+                 init: str = "published", init_scale: float = 1.0, base_trainable: bool = True, basis_trainable: bool = True,
+                 device=None, dtype=None) -> None:
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features, num_heads=num_heads)
+        if init not in INITS:
+            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
+        self.in_features, self.out_features, self.num_heads = in_features, out_features, num_heads
+        self.basis, self.base_fn, self.init, self.init_scale = basis, base_fn, init, init_scale
+        shape = num_heads, out_features, in_features
+        dd = dict(device=device, dtype=dtype)
+        self.coefficients = nn.Parameter(torch.empty(*shape, basis.num_coefficients, **dd), requires_grad=basis_trainable)
+        self.scale_base = nn.Parameter(torch.empty(shape, **dd), requires_grad=base_trainable and base_fn is not None)
+        self.scale_basis = nn.Parameter(torch.empty(shape, **dd), requires_grad=basis_trainable)
+        if base_fn is not None:
+            base_fn.requires_grad_(base_trainable)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.coefficients.is_meta:
+            return
+        self.basis.reset_(self.coefficients, self.init, fan_in=self.in_features)
+        self.scale_basis.fill_(self.init_scale)
+        self.scale_base.fill_(self.init_scale / (math.sqrt(self.in_features) if self.init == "scaled" else 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, h, M, N = x.shape
+        if (h, N) != (self.num_heads, self.in_features):
+            raise ValueError(f"expected {self.num_heads} heads of {self.in_features} inputs, not {h} of {N}")
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows = x.transpose(0, 1).reshape(h, B * M, N)
+        out = self._linear(rows) if self.basis.linear else self._edges(rows)
+        if self.base_fn is not None:
+            out = out + torch.bmm(self.base_fn(rows).to(x.dtype), self.scale_base.to(x.dtype).mT)
+        return out.reshape(h, B, M, self.out_features).transpose(0, 1)
+
+    def _linear(self, rows: Tensor) -> Tensor:
+        weight = (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).flatten(2).mT  # (h, N P, r)
+
+        def product(x: Tensor) -> Tensor:
+            return torch.bmm(self.basis.features(x).flatten(2), weight)
+
+        size = MAX_FEATURES // weight.shape[:2].numel()
+        return product(rows) if rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
+
+    def _edges(self, rows: Tensor) -> Tensor:
+        def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:
+            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(-1)  # (h, rows, outputs, N) -> (h, rows, outputs)
+
+        edges = self.num_heads * self.in_features  # of one row and one output
+        outputs = min(self.out_features, max(1, MAX_EDGES // edges))
+        parts = [in_chunks(partial(sums, theta=theta, scale=scale), rows, size=MAX_EDGES // (edges * outputs), dim=1)
+                 for theta, scale in zip(self.coefficients.split(outputs, 1), self.scale_basis.split(outputs, 1))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.basis!r}, num_heads={self.num_heads}"

@@ -1,0 +1,129 @@
+"""B-splines on a uniform grid.
+
+    phi(x; theta) = sum_i theta_i B_i(x),   i = 1..G + k
+
+G cells on [lo, hi] and k more on either side; B_i is the bump of order k (degree k: 3 is cubic) over k + 1 neighbouring cells. The B_i sum to 1 on the
+closed [lo, hi], and all are 0 outside the extended grid [lo - k h, hi + k h], h = (hi - lo) / G.
+Source: Cox-de Boor recursion; extended uniform grid, fit and grid update as in efficient-kan, the form that KArAt (arXiv:2503.10632) uses.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from kan_basis.basis import INITS, Basis, check_positive, mean_square, register
+
+REFIT_POINTS = 32  # per cell
+
+
+@register("spline")
+class SplineBasis(Basis):
+    """B-splines of order k on G uniform cells, linear in their P = G + k coefficients.
+
+    Args:
+        grid: G, number of cells of [lo, hi].
+        order: k, degree of the pieces; k - 1 derivatives are continuous.
+        grid_range: (lo, hi), in units of x.
+    Raises: ValueError if grid < 1, order < 0 or the range is not finite and increasing.
+    """
+
+    linear = True
+
+    def __init__(self, grid: int = 3, order: int = 3, grid_range: tuple[float, float] = (-1.0, 1.0)) -> None:
+        check_positive(grid=grid)
+        if order < 0:
+            raise ValueError(f"order must be at least 0, not {order}")
+        lo, hi = map(float, grid_range)
+        if not -math.inf < lo < hi < math.inf:
+            raise ValueError(f"grid_range must be finite and increasing, not {tuple(grid_range)}")
+        self.grid, self.order, self.grid_range, self.num_coefficients = grid, order, (lo, hi), grid + order
+
+    def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
+        """Raises: ValueError if theta does not end in P coefficients."""
+        if theta.shape[-1] != self.num_coefficients:
+            raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
+        return super().__call__(x, theta).to(torch.promote_types(x.dtype, theta.dtype))
+
+    def features(self, x: Tensor) -> Tensor:
+        """B_1(x) .. B_P(x): (...) -> (..., G + k), float32 at least.
+
+        In units of cells the knots are the integers 0..G + 2k, exact in every dtype. Cells are half-open; the last one is closed.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
+        lo, hi = (x.new_full((), end) for end in self.grid_range)
+        u = (x - lo) / (hi - lo) * self.grid + self.order  # hi is G + k without rounding
+        cells = self.grid + 2 * self.order
+        knot = torch.arange(cells, device=x.device, dtype=x.dtype)
+        cell = torch.where(u == cells, cells - 1, u.floor())
+        b = (cell == knot).to(x.dtype)  # (..., cells)
+        for p in range(1, self.order + 1):
+            left = u - knot[:cells - p]
+            b = (left * b[..., :-1] + (p + 1 - left) * b[..., 1:]) / p
+        return b
+
+    @torch.no_grad()
+    def reset_(self, theta: Tensor, init: str = "published", fan_in: int = 1) -> Tensor:
+        """All coefficients N(0, 1) (published), or N(0, 1 / (fan_in E[sum_i B_i(x)^2])) (scaled).
+
+        Raises: ValueError for an unknown init, fan_in < 1, or scaled on a grid that x ~ N(0, 1) does not reach.
+        """
+        if init not in INITS:
+            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
+        check_positive(fan_in=fan_in)
+        if init == "published":
+            return theta.normal_()
+        energy = self.num_coefficients * mean_square(self.features)
+        if energy == 0:
+            raise ValueError(f"init 'scaled' needs a grid that x ~ N(0, 1) reaches, not one on {self.grid_range}")
+        return theta.normal_(std=1 / math.sqrt(fan_in * energy))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, y: Tensor) -> Tensor:
+        """Least-squares coefficients of curves given by samples, the smallest ones where the samples leave a choice.
+
+        Args: x, (S,) for all curves or (..., S); y, (..., S).
+        Returns: theta (..., P), dtype and device of y; solved in float64 on the CPU.
+        Raises: ValueError if the shapes do not fit together or there are no samples.
+        """
+        if x.ndim == 0 or x.numel() == 0 or x.shape not in (y.shape, y.shape[-1:]):
+            raise ValueError(f"fit needs x (S,) and y (..., S), or both of the same shape, not {tuple(x.shape)} and {tuple(y.shape)}")
+        a, b = self.features(x.double().cpu()), y.double().cpu()
+        if x.ndim == 1:  # one factorisation for all curves
+            b = b.reshape(-1, len(x)).T
+        else:
+            b = b.unsqueeze(-1)
+        theta = torch.linalg.lstsq(a, b, driver="gelsd").solution
+        return theta.mT.reshape(*y.shape[:-1], self.num_coefficients).to(y)
+
+    @torch.no_grad()
+    def update_grid(self, x: Tensor, margin: float = 0.01, quantile: float = 0.0) -> "SplineBasis":
+        """A new basis, same G and k, whose range covers the samples x (any shape).
+
+        Args:
+            margin: added at each end, as a share of the range; a range of one point gets the old width.
+            quantile: share of the samples to leave out at each end, in [0, 0.5).
+        Raises: ValueError for no samples or any that is not finite, a negative margin, or a quantile outside [0, 0.5).
+        """
+        if x.numel() == 0 or not x.isfinite().all():
+            raise ValueError("update_grid needs at least one sample, and finite ones only")
+        if not (0 <= quantile < 0.5 and 0 <= margin < math.inf):
+            raise ValueError(f"update_grid needs 0 <= quantile < 0.5 and margin >= 0, not {quantile} and {margin}")
+        x = x.flatten().double().sort().values
+        skip = int(quantile * (len(x) - 1))
+        lo, hi = x[skip].item(), x[-1 - skip].item()
+        extra = margin * (hi - lo) if hi > lo else (self.grid_range[1] - self.grid_range[0]) / 2
+        return SplineBasis(self.grid, self.order, (lo - extra, hi + extra))
+
+    @torch.no_grad()
+    def refit(self, theta: Tensor, new_basis: "SplineBasis") -> Tensor:
+        """Coefficients on the grid of `new_basis` of the same functions: exact where its knots contain the old ones, else least squares.
+
+        The functions are compared on the whole new range, where the old ones may have ended: they are 0 beyond their extended grid.
+
+        Args: theta, (..., P).
+        Returns: (..., P of new_basis), dtype and device of theta.
+        """
+        (lo, hi), (old_lo, old_hi) = new_basis.grid_range, self.grid_range
+        cells = max(new_basis.grid, math.ceil((hi - lo) / (old_hi - old_lo) * self.grid))
+        x = torch.linspace(lo, hi, REFIT_POINTS * cells + 1, dtype=torch.float64, device=theta.device)
+        return new_basis.fit(x, self(x, theta.double().unsqueeze(-2))).to(theta.dtype)

@@ -1,0 +1,140 @@
+"""Wavelets, one per function: a mother wavelet psi, moved and stretched.
+
+    phi(x; theta) = w psi((x - tau) / s),   theta = [w, tau, s]
+
+Source: Wav-KAN, Bozorgasl & Chen 2024 (arXiv:2405.12832), and KArAt, Maity et al. 2025 (arXiv:2503.10632). Where the widespread Wav-KAN code differs from the
+papers, `<name>_wavkan` is what that code computes. It has no entry for Shannon's wavelet: its window runs over the position in the tensor, not over x, so
+that is no function of x.
+"""
+import math
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from kan_basis.basis import INITS, Basis, check_positive, mean_square, register
+
+MIN_SCALE = 1e-2  # smallest |s| that is divided by
+FAR = 64.0  # every psi is 0 from here on, in float64 too: exp(-64^2 / 2) underflows
+
+WAVELETS: dict[str, Callable[[Tensor], Tensor]] = {}
+
+
+def register_wavelet(psi: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Decorator: enters psi under its own name; psi acts on each element and is 0 for |u| >= FAR. Raises: ValueError if the name is taken."""
+    if psi.__name__ in WAVELETS:
+        raise ValueError(f"there is a wavelet '{psi.__name__}' already")
+    WAVELETS[psi.__name__] = psi
+    return psi
+
+
+@register_wavelet
+def mexican_hat(u: Tensor) -> Tensor:
+    """2 / (sqrt(3) pi^(1/4)) (u^2 - 1) exp(-u^2 / 2): the second derivative of a Gaussian, negative at 0, norm 1."""
+    return 2 / (math.sqrt(3) * math.pi**0.25) * (u * u - 1) * _gauss(u)
+
+
+@register_wavelet
+def morlet(u: Tensor) -> Tensor:
+    """cos(5 u) exp(-u^2 / 2)."""
+    return torch.cos(5 * u) * _gauss(u)
+
+
+@register_wavelet
+def dog(u: Tensor) -> Tensor:
+    """-d/du exp(-u^2 / 2) = u exp(-u^2 / 2)."""
+    return u * _gauss(u)
+
+
+@register_wavelet
+def dog_wavkan(u: Tensor) -> Tensor:
+    """+d/du exp(-u^2 / 2) = -u exp(-u^2 / 2)."""
+    return -u * _gauss(u)
+
+
+@register_wavelet
+def meyer(u: Tensor) -> Tensor:
+    """sin(pi |u|) m(nu(|u|)), with m(t) = 1 up to 1/2, cos(pi/2 nu(2t - 1)) up to 1, then 0, and nu a smooth step from 0 to 1."""
+    u = u.abs()
+    return torch.sin(math.pi * u) * _meyer_window(_smooth_step(u))
+
+
+@register_wavelet
+def meyer_wavkan(u: Tensor) -> Tensor:
+    """sin(pi |u|) m(|u|), without the inner nu."""
+    u = u.abs()
+    return torch.sin(math.pi * u) * _meyer_window(u)
+
+
+@register_wavelet
+def shannon(u: Tensor) -> Tensor:
+    """sin(u) / u times a symmetric Hamming window, 0.54 + 0.46 cos(pi u / 8) for |u| <= 8 and 0 beyond. The window over u is ours: see above."""
+    window = torch.where(u.abs() <= 8, 0.54 + 0.46 * torch.cos(math.pi / 8 * u), 0)
+    near = u.abs() < 0.1  # sin(u) / u would lose the gradient's digits
+    v = torch.where(near, 1, u)
+    t = torch.where(near, u * u, 0)
+    series = 1 - t / 6 * (1 - t / 20 * (1 - t / 42 * (1 - t / 72)))
+    return torch.where(near, series, torch.sin(v) / v) * window
+
+
+def _gauss(u: Tensor) -> Tensor:
+    return torch.exp(-0.5 * u * u)
+
+
+def _smooth_step(t: Tensor) -> Tensor:
+    """t^4 (35 - 84 t + 70 t^2 - 20 t^3), 0 below 0 and 1 above 1; by nu(t) = 1 - nu(1 - t) above 1/2, where the terms would cancel."""
+    t = t.clamp(0, 1)
+    low = t < 0.5
+    r = torch.where(low, t, 1 - t)
+    nu = r**4 * (35 + r * (-84 + r * (70 - 20 * r)))
+    return torch.where(low, nu, 1 - nu)
+
+
+def _meyer_window(t: Tensor) -> Tensor:
+    return torch.where(t < 1, torch.cos(math.pi / 2 * _smooth_step(2 * t - 1)), 0)
+
+
+@register("wavelet")
+class WaveletBasis(Basis):
+    """One wavelet per function, P = 3: weight w, translation tau and scale s.
+
+    A scale that training moves through 0 must not blow up: |s| below MIN_SCALE = 0.01 is taken as 0.01 with the sign of s (+ at 0), and the gradient
+    passes as if s were that value, so that s can leave again. Elsewhere the formula is exact.
+
+    Args:
+        wavelet: name of psi, one of WAVELETS.
+    Raises: ValueError for an unknown wavelet.
+    """
+
+    num_coefficients = 3
+
+    def __init__(self, wavelet: str = "mexican_hat") -> None:
+        if wavelet not in WAVELETS:
+            raise ValueError(f"unknown wavelet '{wavelet}'; there are: {', '.join(sorted(WAVELETS))}")
+        self.wavelet = wavelet
+
+    def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
+        """Raises: ValueError if theta does not end in 3 coefficients."""
+        if theta.shape[-1] != 3:
+            raise ValueError(f"theta must have 3 coefficients in its last dimension, not {tuple(theta.shape)}")
+        dtype = torch.promote_types(x.dtype, theta.dtype)
+        x, theta = (t.to(torch.promote_types(dtype, torch.float32)) for t in (x, theta))
+        w, tau, s = theta.unbind(-1)
+        safe = torch.where(s < 0, s.clamp(max=-MIN_SCALE), s.clamp(min=MIN_SCALE))
+        u = (x - tau) / (s + (safe - s).detach())
+        return (w * WAVELETS[self.wavelet](u.clamp(-FAR, FAR))).to(dtype)  # clamped: u^2 may overflow, and inf * 0 is no number
+
+    @torch.no_grad()
+    def reset_(self, theta: Tensor, init: str = "published", fan_in: int = 1) -> Tensor:
+        """tau = 0, s = 1 and w ~ N(0, 1) (published) or N(0, 1 / (fan_in E[psi(x)^2])) (scaled).
+
+        Raises: ValueError for an unknown init or fan_in < 1.
+        """
+        if init not in INITS:
+            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
+        check_positive(fan_in=fan_in)
+        w, tau, s = theta.unbind(-1)
+        w.normal_(std=1.0 if init == "published" else 1 / math.sqrt(fan_in * mean_square(WAVELETS[self.wavelet])))
+        tau.zero_()
+        s.fill_(1)
+        return theta

@@ -1,0 +1,117 @@
+"""sigma of Kolmogorov-Arnold attention: what stands in the place of the softmax, for all heads in one batched tensor.
+
+    sigma(A_k) = W Phi(A_k)      A_k: row k of A = Q K^T / sqrt(d) (N, N);  Phi: r x N univariate functions;  W (N, r), no bias
+
+There is no softmax and no normalisation. N is the number of tokens, to which the parameters are tied (models/resample.py changes it).
+Source: KArAt (arXiv:2503.10632).
+"""
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kan_basis.basis import Basis, check_positive
+from kan_basis.layer import KANLayer
+from kan_basis.simplex import project_l1
+
+MODES = ("phi1_w2", "w1_phi2")
+OUTPUT_SCALES = ("1", "sqrt", "learned")
+
+
+class KArAtOperator(nn.Module):
+    """sigma: rows of scores to rows of attention weights.
+
+    Args:
+        num_tokens, num_heads: N, h.
+        basis: the family of functions. A layer keeps no state in it.
+        hidden_dim: r.
+        depth: number of stages. 1: Phi, N x N functions. 2: W and Phi, in the order of `mode`, or without `modular` Phi2(Phi1(A)).
+            More: further r x r layers between them.
+        modular: one of the stages is the projection W: `project_out` (h, N, r) or `project_in` (h, r, N).
+        mode: "phi1_w2", W Phi(A), or "w1_phi2", Phi(W A); without meaning unless modular.
+        base_fn: b of the functions, None for 0; every layer has its own copy.
+        project_l1: project each row of the result on the probability simplex.
+        init: "published": W as nn.Linear, the functions as the basis says. "scaled": sigma(A) V has about the variance of V for scores
+            ~ N(0, 1): W, or without project_out the last functions, start 1 / sqrt(N) smaller than what keeps the variance.
+        init_scale: sigma starts that many times as large; the scales of the last layer of functions take it.
+        output_scale: sigma times "1", 1 / sqrt(N) ("sqrt", kept in the state so that weights for another N keep theirs), or a factor
+            for each head, "learned" from 1 on; in front of the l1 projection.
+    Raises: ValueError for options that do not fit.
+    """
+
+    def __init__(self, num_tokens: int, num_heads: int, basis: Basis, hidden_dim: int = 12, depth: int = 2, modular: bool = True,
+                 mode: str = "phi1_w2", base_fn: nn.Module | None = None, project_l1: bool = False, init: str = "published",
+                 init_scale: float = 1.0, output_scale: str = "1", base_trainable: bool = True, basis_trainable: bool = True,
+                 device=None, dtype=None) -> None:
+        super().__init__()
+        check_positive(num_tokens=num_tokens, num_heads=num_heads, hidden_dim=hidden_dim, depth=depth)
+        for option, value, choices in (("mode", mode, MODES), ("output_scale", output_scale, OUTPUT_SCALES)):
+            if value not in choices:
+                raise ValueError(f"unknown {option} '{value}'; there are: {', '.join(choices)}")
+        self.num_tokens, self.num_heads, self.project_l1, self.init = num_tokens, num_heads, project_l1, init
+        N, r, dd = num_tokens, hidden_dim, dict(device=device, dtype=dtype)
+        modular = modular and depth > 1
+        first, last = modular and mode == "w1_phi2", modular and mode == "phi1_w2"  # where W stands
+        self.project_in = nn.Parameter(torch.empty(num_heads, r, N, **dd)) if first else None
+        self.project_out = nn.Parameter(torch.empty(num_heads, N, r, **dd)) if last else None
+        widths = [N, *[r] * (depth - 1), N][first:depth + 1 - last]
+        scales = [1.0] * (len(widths) - 2) + [init_scale if last or init == "published" else init_scale / math.sqrt(N)]
+        self.layers = nn.ModuleList(
+            KANLayer(n, m, basis, num_heads, copy.deepcopy(base_fn), init, scale, base_trainable, basis_trainable, **dd)
+            for n, m, scale in zip(widths, widths[1:], scales))
+        if output_scale == "learned":
+            self.output_scale = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
+        else:
+            self.register_buffer("output_scale", torch.empty(1, 1, 1, **dd) if output_scale == "sqrt" else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """W and the output scale; the layers reset themselves."""
+        for weight in (self.project_in, self.project_out):
+            if weight is None or weight.is_meta:
+                continue
+            fan_in = weight.shape[-1]
+            if self.init == "scaled":
+                nn.init.normal_(weight, std=1 / math.sqrt(fan_in * (self.num_tokens if weight is self.project_out else 1)))
+            else:
+                nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.output_scale is not None and not self.output_scale.is_meta:
+            self.output_scale.fill_(1 if isinstance(self.output_scale, nn.Parameter) else 1 / math.sqrt(self.num_tokens))
+
+    @property
+    def features_per_row(self) -> int:
+        """Elements of the largest tensor that one row of scores needs, apart from what a layer divides into chunks by itself."""
+        return max(self.num_tokens, *(f.in_features * (f.basis.num_coefficients if f.basis.linear else 1) for f in self.layers))
+
+    def functions(self, scores: Tensor) -> Tensor:
+        """All stages up to the last layer of functions: (B, h, M, N) -> (B, h, M, r or N). Only its products follow autocast."""
+        with torch.autocast(scores.device.type, enabled=False):
+            if self.project_in is not None:
+                scores = scores @ self.project_in.to(scores.dtype).mT
+            for layer in self.layers[:-1]:
+                scores = layer(scores)
+        return self.layers[-1](scores)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """sigma of each row: (B, h, M, N) -> (B, h, M, N)."""
+        sigma = self.functions(scores)
+        if self.project_out is not None:
+            sigma = sigma @ self.project_out.to(sigma.dtype).mT
+        if self.output_scale is not None:
+            sigma = sigma * self.output_scale
+        return project_l1(sigma) if self.project_l1 else sigma
+
+    def attend(self, scores: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+        """sigma(A) V: (B, h, M, N), (B, h, N, d) -> (B, h, M, d), as Phi(A) (W^T V) where nothing stands between W and V."""
+        if self.project_out is None or self.project_l1 or dropout:
+            return F.dropout(self(scores), dropout).to(value.dtype) @ value
+        values = self.project_out.to(value.dtype).mT @ value  # (B, h, r, d)
+        if self.output_scale is not None:
+            values = values * self.output_scale.to(values.dtype)
+        return self.functions(scores).to(values.dtype) @ values
+
+    def extra_repr(self) -> str:
+        return f"{self.num_tokens} tokens, num_heads={self.num_heads}, project_l1={self.project_l1}"

@@ -1,0 +1,66 @@
+"""Kolmogorov-Arnold operators for another number of tokens: their parameters have token axes, resampled as position embeddings are.
+
+The tokens stand for points of an image, so that the two sums over them, over q in Phi(A) and over n in sigma(A) V, have to keep their value when
+there are more of them: each is multiplied by N_old / N_new, folded into the parameters that carry the axis,
+
+    sum over q    scale_base and scale_basis of the first layer, or project_in where W comes first
+    sum over n    project_out, or scale_base and scale_basis of the last layer where there is none (at depth 1 the same ones again)
+"""
+import re
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_KEY = re.compile(r"((?:.*\.)?(?:operator|karat)\.|)(?:layers\.(\d+)\.(coefficients|scale_base|scale_basis)|(project_in|project_out))")
+
+
+def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple[int, int], new_grid: int | tuple[int, int],
+                            num_prefix_tokens: int = 1, mode: str = "bicubic", antialias: bool = True) -> dict[str, Tensor]:
+    """A copy of the state in which all operators are for the patch grid `new_grid`; everything else is passed on.
+
+    Args:
+        state_dict: of a model, a KArAtAttention or a KArAtOperator.
+        old_grid, new_grid: patches (height, width), one number for a square.
+        num_prefix_tokens: class and register tokens in front, not resampled.
+        mode: interpolation, "bicubic", "bilinear" or "nearest" (to the nearest centre); antialias for the first two.
+    Raises: ValueError for an unknown mode, or parameters that are not for `old_grid`.
+    """
+    if mode not in ("bicubic", "bilinear", "nearest"):
+        raise ValueError(f"unknown mode '{mode}'; there are: bicubic, bilinear, nearest")
+    old, new = ((g, g) if isinstance(g, int) else tuple(g) for g in (old_grid, new_grid))
+    if old == new:
+        return dict(state_dict)
+    ratio = (num_prefix_tokens + old[0] * old[1]) / (num_prefix_tokens + new[0] * new[1])
+    matches = {key: match for key in state_dict if (match := _KEY.fullmatch(key))}
+    last = {}  # of each operator, its last layer
+    for match in matches.values():
+        last[match[1]] = max(last.get(match[1], 0), int(match[2] or 0))
+    resampled = dict(state_dict)
+    for key, match in matches.items():
+        prefix, number, name, projection = match.groups()
+        inputs, outputs = 2, 1  # of (h, outputs, inputs[, P])
+        if projection:
+            axes = [inputs if projection == "project_in" else outputs]
+        else:
+            axes = [inputs] * (int(number) == 0 and f"{prefix}project_in" not in state_dict)
+            axes += [outputs] * (int(number) == last[prefix] and f"{prefix}project_out" not in state_dict)
+        for axis in axes:
+            try:
+                resampled[key] = _resample(resampled[key], axis, old, new, num_prefix_tokens, mode, antialias)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+        if name != "coefficients":  # a function that is not linear is scaled outside
+            resampled[key] = resampled[key] * ratio ** len(axes)
+    return resampled
+
+
+def _resample(x: Tensor, axis: int, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool) -> Tensor:
+    """Along the token axis: `prefix` tokens as they are, then the patches of the grid, row by row."""
+    if x.shape[axis] != prefix + old[0] * old[1]:
+        raise ValueError(f"expected {prefix} + {old[0]} x {old[1]} tokens, not {x.shape[axis]}")
+    rows = x.movedim(axis, -1)
+    patches = rows[..., prefix:].reshape(1, -1, *old).to(torch.promote_types(x.dtype, torch.float32))
+    options = dict(mode="nearest-exact") if mode == "nearest" else dict(mode=mode, antialias=antialias)
+    patches = F.interpolate(patches, size=new, **options).reshape(*rows.shape[:-1], -1).to(x.dtype)
+    return torch.cat([rows[..., :prefix], patches], -1).movedim(-1, axis).contiguous()
