@@ -4,6 +4,8 @@ CuPy is imported at the first launch, never before: worker processes fork. Compi
 """
 import ctypes
 import importlib.util
+import struct
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,13 +31,27 @@ def source(file: str) -> str:
     return "\n".join(lines)
 
 
-class Kernel:
-    """A template instance such as 'k<float, 5>' of a .cu file, loaded on one device.
+class _Arguments(threading.local):
+    """Memory that a thread's calls put their arguments into, and what cuLaunchKernel must be given to find them there."""
 
-    Calls pass tensors' addresses, then int64, then int32 arguments, which the kernel must take in this order.
+    def __init__(self) -> None:
+        self.bytes = bytearray(256)
+        self.size = ctypes.c_size_t()
+        start = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
+        self.extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(start), 2, ctypes.addressof(self.size), 0)  # buffer, its size, end
+        self.address = ctypes.addressof(self.extra)
+
+
+_arguments = _Arguments()
+
+
+class Kernel:
+    """A template instance such as 'k<float, 5>' of a .cu file, loaded on one device; call it as kernel(grid, threads, *arguments).
+
+    types: those of the arguments in the letters of struct: P an address, q int64, i int32, f float32.
     """
 
-    def __init__(self, file: str, name: str, shared_bytes: int, device: int) -> None:
+    def __init__(self, file: str, name: str, types: str, shared_bytes: int, device: int) -> None:
         try:
             import cupy
             with torch.cuda.device(device), cupy.cuda.Device(device):
@@ -45,23 +61,24 @@ class Kernel:
         except Exception as error:  # CuPy, NVRTC and the driver have many
             raise RuntimeError(f"the CUDA kernel {name} could not be compiled or loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
                                "KAN_KERNEL=torch goes without it, in plain PyTorch") from error
-        self.function, self.shared_bytes, self.device = function, shared_bytes, device
+        self.function, self.shared_bytes, self.device, self.packing = function, shared_bytes, device, struct.Struct(types)
         self.handle, self.launch = function.kernel.ptr, cupy.cuda.driver.launchKernel
 
-    def __call__(self, grid: int, threads: int, addresses: tuple[int, ...], longs: tuple[int, ...] = (), ints: tuple[int, ...] = ()) -> None:
-        values = (*map(ctypes.c_void_p, addresses), *map(ctypes.c_longlong, longs), *map(ctypes.c_int, ints))
-        parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    def __call__(self, grid: int, threads: int, *arguments: int) -> None:
+        memory = _arguments
+        self.packing.pack_into(memory.bytes, 0, *arguments)
+        memory.size.value = self.packing.size
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if torch.cuda.current_device() == self.device:
-            self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(parameters), 0)
+        if torch._C._cuda_getDevice() == self.device:
+            self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, 0, memory.address)
         else:
             with torch.cuda.device(self.device):
-                self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(parameters), 0)
+                self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, 0, memory.address)
 
 
 @lru_cache(maxsize=None)
-def kernel(file: str, name: str, shared_bytes: int, device: int) -> Kernel:
-    return Kernel(file, name, shared_bytes, device)
+def kernel(file: str, name: str, types: str, shared_bytes: int, device: int) -> Kernel:
+    return Kernel(file, name, types, shared_bytes, device)
 
 
 @lru_cache(maxsize=None)
@@ -69,25 +86,27 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_counters: dict[tuple[int, int], tuple[int, int]] = {}
+COUNTERS = 256  # at most, of a kernel
+_workspaces: dict[tuple[int, int], tuple[int, int]] = {}
 
 
-def counters(device: torch.device, count: int) -> tuple[int, torch.Tensor | None]:
-    """Address of zeros in device memory that a kernel counts its finished blocks in and leaves at zero, and the tensor that owns them, if any.
+def workspace(device: int, floats: int) -> tuple[int, int, torch.Tensor | None]:
+    """Addresses in device memory of COUNTERS zeros, which a kernel counts its finished blocks in and leaves at zero, and of room for `floats`
+    partial sums; and the tensor that owns them, if any.
 
     Their own for each stream, because kernels of one stream follow each other, and not from torch's allocator, which may be filling the
     private pool of a CUDA graph at this moment; a captured graph, which may run anywhere, gets its own tensor.
     """
     if torch.cuda.is_current_stream_capturing():
-        own = torch.zeros(count, dtype=torch.int32, device=device)
-        return own.data_ptr(), own
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    address, size = _counters.get((device.index, stream), (0, 0))
-    if size < count:
+        own = torch.zeros(COUNTERS + floats, dtype=torch.int32, device=f"cuda:{device}")
+        return own.data_ptr(), own.data_ptr() + 4 * COUNTERS, own
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    address, size = _workspaces.get((device, stream), (0, 0))
+    if size < floats:
         from cupy.cuda import runtime
-        size = max(count, 1024)
+        size = max(2 * floats, 1 << 18)
         with torch.cuda.device(device):
-            address = runtime.malloc(4 * size)  # a few KiB, kept for good
-            runtime.memsetAsync(address, 0, 4 * size, stream)
-        _counters[device.index, stream] = address, size
-    return address, None
+            address = runtime.malloc(4 * (COUNTERS + size))  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
+            runtime.memsetAsync(address, 0, 4 * COUNTERS, stream)
+        _workspaces[device, stream] = address, size
+    return address, address + 4 * COUNTERS, None

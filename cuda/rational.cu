@@ -4,11 +4,12 @@
 //          (B, C, H, W) is (B, G, C / G * H * W). Function g has the rows g / a_share of the numerator (., M + 1) and g / b_share of the
 //          denominator (., N), so that each may be shared more widely than the other.
 // Types    x, y, grad, grad_x: float, half or bfloat16; coefficients, their gradients, arithmetic and sums: float.
-// Launch   Flat: persistent blocks, vector i of the tensor goes to thread i modulo the grid, whose size is a multiple of `period`, the vectors of
-//          one row of groups: a thread meets one function only and keeps it in registers. Segments: block b meets function b modulo groups only;
-//          for long segments. Tiles: as flat, but a block takes one stretch and ends. All prefetch STAGES - 1 vectors into shared memory slots of the thread's own (cp.async), no barrier in the loop.
-// Sums     registers -> block -> partials (blocks, groups, M + 1 + N) -> teams of 64 blocks -> all, each step in a fixed order, in double from the
-//          block on, by whichever block finishes last. No float atomics: equal inputs give equal bits.
+// Launch   Flat: vector i of the tensor goes to thread i modulo the grid, whose size is a multiple of `period`, the vectors of one row of groups: a
+//          thread meets one function only and keeps it in registers. Segments: block b meets function b modulo groups only; for long segments.
+//          Both: persistent blocks. Tiles: as flat, but a block takes one stretch of `tile` rows and ends (forward only: no sums to hand over).
+//          All prefetch STAGES - 1 vectors into shared memory slots of the thread's own (cp.async), no barrier in the loop.
+// Sums     registers -> block -> partials (blocks, groups, M + 1 + N) -> teams of blocks -> all, each step in a fixed order, in double from the
+//          partials on, by whichever block finishes last. No float atomics: equal inputs give equal bits.
 // Source   Yang & Wang 2025 (arXiv:2409.10594), Molina et al. 2020 (arXiv:1907.06732), version A.
 #include "common.cuh"
 #include "rational_math.h"
@@ -17,8 +18,6 @@ template <bool VECTORS> struct IndexOf { typedef int type; };  // vectors: fewer
 template <> struct IndexOf<false> { typedef i64 type; };
 template <bool VECTORS> using Index = typename IndexOf<VECTORS>::type;
 
-constexpr int TEAM = 64;
-
 // The way of one thread through the tensor, in units of what it takes at once (V elements or one): j counts what its blocks go over, i is the
 // place in the tensor. Flat: both are the same.
 template <typename I, bool SEGMENTS>
@@ -26,12 +25,18 @@ struct Walk {
     I i, j, n, step;
     I col, length, row_step, col_step;  // segments only
 
-    // tile: how much each block takes of the tensor, one stretch after the other; 0: blocks take turns
+    // tile: rows that a block takes (a row: of groups, or as long as the block, whichever is longer); 0: blocks take turns to the end
     __device__ __forceinline__ void start(i64 outer, int groups, int length_, int tile) {
         const int blocks = SEGMENTS ? gridDim.x / groups : gridDim.x, rank = SEGMENTS ? blockIdx.x / groups : blockIdx.x;
         n = I(outer * length_ * (SEGMENTS ? 1 : groups));
-        j = I(rank) * (tile ? tile : blockDim.x) + threadIdx.x, step = I(tile ? 1 : blocks) * blockDim.x;
-        if (tile && n > I(rank + 1) * tile) n = I(rank + 1) * tile;
+        j = I(rank) * blockDim.x + threadIdx.x, step = I(blocks) * blockDim.x;
+        if (tile) {
+            step = max(blockDim.x, groups * length_);
+            const int slices = step / blockDim.x;
+            const I begin = I(rank / slices) * tile * step, end = begin + tile * step;
+            j = begin + rank % slices * blockDim.x + threadIdx.x;
+            if (n > end) n = end;
+        }
         i = j;
         if (SEGMENTS) {
             length = length_, col = j % length, col_step = step % length;
@@ -59,17 +64,15 @@ struct Walk {
 // The coefficients of the one function that this thread meets.
 template <int M, int N, bool SEGMENTS>
 __device__ __forceinline__ Coefficients<M, N> coefficients_of_thread(const float* numerator, const float* denominator, int groups, int length, int a_share,
-                                                                     int b_share, int tile) {
-    const int group = SEGMENTS ? blockIdx.x % groups
-                    : tile ? threadIdx.x % (groups * length) / length  // a tile is whole rows of groups
-                    : int((i64(blockIdx.x) * blockDim.x + threadIdx.x) % (i64(groups) * length)) / length;
+                                                                     int b_share) {
+    const int group = SEGMENTS ? blockIdx.x % groups : int((i64(blockIdx.x) * blockDim.x + threadIdx.x) % (i64(groups) * length)) / length;
     Coefficients<M, N> c;
     c.load(numerator + i64(group / a_share) * (M + 1), denominator + i64(group / b_share) * N);
     return c;
 }
 
 template <typename T, int M, int N, bool VECTORS, bool SEGMENTS, int THREADS, int BLOCKS, int STAGES>
-__global__ void __launch_bounds__(THREADS, BLOCKS)
+__global__ void __launch_bounds__(THREADS, SEGMENTS ? (BLOCKS + 1) / 2 : BLOCKS)  // segments need more registers than half of 80
 rational_forward_kernel(const T* __restrict__ x, const float* __restrict__ numerator, const float* __restrict__ denominator, T* __restrict__ y,
                         i64 outer, int groups, int length, int a_share, int b_share, int tile) {
     extern __shared__ uint4 slots[];
@@ -86,7 +89,7 @@ rational_forward_kernel(const T* __restrict__ x, const float* __restrict__ numer
 #pragma unroll
         for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
     }
-    const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share, tile);
+    const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share);
     while (walk.j < walk.n) {
 #pragma unroll
         for (int s = 0; s < STAGES; s++) {
@@ -94,8 +97,8 @@ rational_forward_kernel(const T* __restrict__ x, const float* __restrict__ numer
             if (VECTORS) {
                 wait_copies<STAGES - 2>();
                 float v[V];
-                Vec16<T>::unpack(slot[s * THREADS], v);
                 fetch((s + STAGES - 1) % STAGES, STAGES - 1);
+                Vec16<T>::unpack(slot[s * THREADS], v);
 #pragma unroll
                 for (int k = 0; k < V; k++) v[k] = rational_forward(v[k], c);
                 __stcs(reinterpret_cast<uint4*>(y) + walk.i, Vec16<T>::pack(v));
@@ -107,25 +110,39 @@ rational_forward_kernel(const T* __restrict__ x, const float* __restrict__ numer
     }
 }
 
-// Sums of `count` rows of `items` floats, in a fixed order, into one row; by the threads of a block.
+// Sums of `count` rows of `items` floats, in a fixed order, into one row; by the threads of a block. V: 4 where it divides items, else 1.
+template <int V>
 __device__ void sum_rows(const float* rows, int count, int items, float* row, double* table) {
-    const int parts = items < blockDim.x ? blockDim.x / items : 1;
-    for (int first = 0; first < items; first += blockDim.x) {  // once, unless there are more items than threads
-        const int item = first + (parts > 1 ? threadIdx.x % items : threadIdx.x), part = parts > 1 ? threadIdx.x / items : 0;
-        double sum[4] = {0.0, 0.0, 0.0, 0.0};
-        if (item < items && part < parts) {
-            int r = part;
-            for (; r + 3 * parts < count; r += 4 * parts)
+    constexpr int BATCH = 8;  // loads in flight
+    const int columns = items / V, parts = max(1, blockDim.x / columns);
+    for (int first = 0; first < columns; first += blockDim.x) {  // once, unless there are more columns than threads
+        const int column = first + (parts > 1 ? threadIdx.x % columns : threadIdx.x), part = parts > 1 ? threadIdx.x / columns : 0;
+        const bool busy = column < columns && part < parts;
+        double sum[V];
 #pragma unroll
-                for (int m = 0; m < 4; m++) sum[m] += __ldcg(rows + i64(r + m * parts) * items + item);
-            for (; r < count; r += parts) sum[0] += __ldcg(rows + i64(r) * items + item);
-            table[threadIdx.x] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        for (int v = 0; v < V; v++) sum[v] = 0.0;
+        for (int r = part; busy && r < count; r += BATCH * parts) {
+            float x[BATCH][V];
+#pragma unroll
+            for (int m = 0; m < BATCH; m++) {
+                const float* from = rows + i64(r + m * parts) * items + column * V;
+                const bool there = r + m * parts < count;
+                if (V == 4) *reinterpret_cast<float4*>(x[m]) = there ? __ldcg(reinterpret_cast<const float4*>(from)) : make_float4(0, 0, 0, 0);
+                else x[m][0] = there ? __ldcg(from) : 0.0f;
+            }
+#pragma unroll
+            for (int m = 0; m < BATCH; m++)
+#pragma unroll
+                for (int v = 0; v < V; v++) sum[v] += x[m][v];
         }
+#pragma unroll
+        for (int v = 0; v < V; v++) table[v * blockDim.x + threadIdx.x] = sum[v];
         __syncthreads();
-        if (part == 0 && item < items) {
+        for (int o = threadIdx.x; o < V * min(columns, int(blockDim.x)); o += blockDim.x) {
+            const int v = o % V, c = o / V;
             double total = 0.0;
-            for (int p = 0; p < parts; p++) total += table[p * (parts > 1 ? items : 0) + threadIdx.x];
-            __stcg(row + item, float(total));
+            for (int p = 0; p < parts; p++) total += table[v * blockDim.x + p * columns + c];
+            if (first + c < columns) __stcg(row + (first + c) * V + v, float(total));
         }
         __syncthreads();
     }
@@ -134,14 +151,14 @@ __device__ void sum_rows(const float* rows, int count, int items, float* row, do
 // Whether this block is the last of `blocks` to come here, in which case it sees what the others wrote; the counter is zero again then.
 __device__ bool last_of(unsigned* counter, int blocks) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();  // for the whole block: the barrier came first
         last = atomicAdd(counter, 1u) == blocks - 1;
         if (last) *counter = 0;
+        __threadfence();
     }
     __syncthreads();
-    if (last) __threadfence();
     return last;
 }
 
@@ -150,13 +167,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ numerator,
                          const float* __restrict__ denominator, T* __restrict__ grad_x, float* __restrict__ grad_numerator,
                          float* __restrict__ grad_denominator, float* __restrict__ partials, unsigned* __restrict__ finished, i64 outer, int groups,
-                         int length, int a_share, int b_share, int tile) {
+                         int length, int a_share, int b_share, int team) {
     constexpr int K = M + 1 + N;
     extern __shared__ uint4 slots[];
     constexpr int V = 16 / sizeof(T);
     uint4 *x_slot = slots + threadIdx.x, *grad_slot = x_slot + STAGES * THREADS;
     Walk<Index<VECTORS>, SEGMENTS> walk;
-    walk.start(outer, groups, length, tile);
+    walk.start(outer, groups, length, 0);
     const auto *x16 = reinterpret_cast<const uint4*>(x), *grad16 = reinterpret_cast<const uint4*>(grad);
     const auto fetch = [&](int s, int steps) {
         if (walk.j + steps * walk.step < walk.n) {
@@ -170,7 +187,7 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
 #pragma unroll
         for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
     }
-    const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share, tile);
+    const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share);
     float sums[K];
 #pragma unroll
     for (int k = 0; k < K; k++) sums[k] = 0.0f;
@@ -181,14 +198,15 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
             if (VECTORS) {
                 wait_copies<STAGES - 2>();
                 float v[V], g[V];
+                fetch((s + STAGES - 1) % STAGES, STAGES - 1);
                 Vec16<T>::unpack(x_slot[s * THREADS], v);
                 Vec16<T>::unpack(grad_slot[s * THREADS], g);
-                fetch((s + STAGES - 1) % STAGES, STAGES - 1);
-#pragma unroll
-                for (int k = 0; k < V; k++) v[k] = rational_backward(g[k], v[k], c, sums);
+                rational_backward<V>(g, v, c, sums);
                 __stcs(reinterpret_cast<uint4*>(grad_x) + walk.i, Vec16<T>::pack(v));
             } else {
-                grad_x[walk.i] = from_float<T>(rational_backward(to_float(grad[walk.i]), to_float(x[walk.i]), c, sums));
+                float v = to_float(x[walk.i]), g = to_float(grad[walk.i]);
+                rational_backward<1>(&g, &v, c, sums);
+                grad_x[walk.i] = from_float<T>(v);
             }
             walk.next();
         }
@@ -208,46 +226,54 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
             if (threadIdx.x % 32 == 0) __stcg(partials + i64(blockIdx.x) * K + k, float(sum));
         }
     } else {
-        const int period = groups * length, first = int(i64(blockIdx.x) * (tile ? tile : THREADS) % period);
-        const int outputs = groups * K, parts = max(1, THREADS / outputs), terms = length * ((THREADS + period - 1) / period);
-        __shared__ double part_sums[THREADS];
+        const int period = groups * length, first = int(i64(blockIdx.x) * THREADS % period);
+        const int outputs = groups * K, parts = max(1, THREADS / outputs);
+        float* part_sums = table + K * (THREADS + 1);
         for (int first_output = 0; first_output < outputs; first_output += THREADS) {  // once, unless there are more outputs than threads
             const int o = first_output + (parts > 1 ? threadIdx.x % outputs : threadIdx.x), part = parts > 1 ? threadIdx.x / outputs : 0;
             const int g = o / K, k = o % K;
-            double sum = 0.0;
+            float sum = 0.0f;
             if (o < outputs && part < parts)
-                for (int term = part; term < terms; term += parts) {
-                    const int col = g * length + term % length, t = col - first + (col < first ? period : 0) + term / length * period;
-                    if (t < THREADS) sum += table[k * (THREADS + 1) + t];
-                }
+                for (int col = g * length + part; col < (g + 1) * length; col += parts)
+                    for (int t = col - first + (col < first ? period : 0); t < THREADS; t += period) sum += table[k * (THREADS + 1) + t];
             part_sums[threadIdx.x] = sum;
             __syncthreads();
             if (part == 0 && o < outputs) {
                 for (int p = 1; p < parts; p++) sum += part_sums[p * outputs + threadIdx.x];
-                __stcg(partials + i64(blockIdx.x) * outputs + o, float(sum));
+                __stcg(partials + i64(blockIdx.x) * outputs + o, sum);
             }
             __syncthreads();
         }
     }
 
-    // the last block of each TEAM sums the rows of its team, the last team the rows of all teams
-    const int items = groups * K, blocks = SEGMENTS ? gridDim.x / groups : gridDim.x, teams = (blocks + TEAM - 1) / TEAM;
-    const int team = (SEGMENTS ? blockIdx.x / groups : blockIdx.x) / TEAM, members = min(TEAM, blocks - team * TEAM);
+    // the last block of each team sums the rows of its team, the last team the rows of all teams
+    const int items = groups * K, share = SEGMENTS ? groups : 1, blocks = gridDim.x / share, teams = (blocks + team - 1) / team;
+    const int own = blockIdx.x / share / team, members = min(team, blocks - own * team);
     double* sums_table = reinterpret_cast<double*>(slots);
-    float* team_rows = partials + i64(blocks) * items;
-    if (!last_of(finished + 1 + team, SEGMENTS ? members * groups : members)) return;
-    sum_rows(partials + i64(team) * TEAM * items, members, items, team_rows + i64(team) * items, sums_table);
-    if (!last_of(finished, teams)) return;
-    float* total = partials;  // nobody reads the blocks' rows any more
-    sum_rows(team_rows, teams, items, total, sums_table);
-    __syncthreads();
+    float *team_rows = partials + i64(blocks) * items, *total = team_rows + i64(teams) * items;
+    const auto sum = [&](const float* rows, int count, float* row) {
+        if (items % 4) sum_rows<1>(rows, count, items, row, sums_table);
+        else sum_rows<4>(rows, count, items, row, sums_table);
+    };
+    if (!last_of(finished + 1 + own, members * share)) return;
+    sum(partials + i64(own) * team * items, members, teams == 1 ? total : team_rows + i64(own) * items);
+    if (teams > 1) {
+        if (!last_of(finished, teams)) return;
+        sum(team_rows, teams, total);
+    }
     const int a_size = groups / a_share * (M + 1), b_size = groups / b_share * N;
     for (int o = threadIdx.x; o < a_size + b_size; o += THREADS) {
         const bool is_a = o < a_size;
         const int own = is_a ? o : o - a_size, width = is_a ? M + 1 : N, share = is_a ? a_share : b_share, row = own / width;
         const float* column = total + i64(row) * share * K + own % width + (is_a ? 0 : M + 1);
         double sum = 0.0;
-        for (int g = 0; g < share; g++) sum += __ldcg(column + g * K);
+        for (int g = 0; g < share; g += 8) {
+            float x[8];
+#pragma unroll
+            for (int m = 0; m < 8; m++) x[m] = g + m < share ? __ldcg(column + (g + m) * K) : 0.0f;
+#pragma unroll
+            for (int m = 0; m < 8; m++) sum += x[m];
+        }
         if (is_a) grad_numerator[own] = float(sum);
         else grad_denominator[own] = float(denominator[own] < 0.0f ? -sum : sum);
     }

@@ -31,6 +31,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 KERNELS = ("auto", "cuda", "torch")
 _choice = os.environ.get("KAN_KERNEL", "auto")
+if _choice not in KERNELS:
+    warnings.warn(f"KAN_KERNEL={_choice} is none of {', '.join(KERNELS)}: auto is taken", stacklevel=2)
+    _choice = "auto"
 
 
 def use_kernel(choice: str) -> None:
@@ -52,14 +55,24 @@ def _warn_once() -> None:
     warnings.warn(f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {_why_not}", stacklevel=4)
 
 
-def _by_kernel(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
-    if _choice == "torch" or not x.is_cuda or torch.onnx.is_in_onnx_export():
-        return False
+def _path(watched: bool) -> str:
+    """Where to compute what the kernels support: "kernel"; "operator", the same through torch's dispatcher; "definition"."""
+    if _choice == "torch" or watched and torch.onnx.is_in_onnx_export():
+        return "definition"
     if kernel is None:
         if not torch.compiler.is_compiling():
             _warn_once()
-        return False
-    return kernel.supports(x, numerator, denominator)
+        return "definition"
+    return "operator" if watched else "kernel"
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Whether anything but autograd wants to see the operations: a compiler or tracer, a dispatch mode, a transform, a tensor subclass.
+
+    Without them the dispatcher is left out, which costs more host time than the rest of a call.
+    """
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+            or torch._C._functorch.peek_interpreter_stack() is not None or any(type(t) not in (Tensor, nn.Parameter) for t in tensors))
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int = -1) -> Tensor:
@@ -81,30 +94,40 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
         dtype, as torch.nn.functional.linear does. Coefficient gradients have the coefficients' dtype.
     Raises: TypeError if a tensor is not floating point; ValueError if shapes or devices do not fit together.
     """
-    _check(x, numerator, denominator, channel_dim)
-    if x.dtype is not torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    dim = channel_dim % x.ndim
-    if not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)) and _by_kernel(
-            x, numerator, denominator):
-        return torch.ops.kan.rational(x, numerator, denominator, dim)  # as below, without autograd's cost
-    return _Rational.apply(x, numerator, denominator, dim)
+    watched = _watched(x, numerator, denominator)
+    supported = (_check if watched else _check_once)(x.shape, x.dtype, x.device, numerator.shape, numerator.dtype, numerator.device,
+                                                     denominator.shape, denominator.dtype, denominator.device, channel_dim)
+    if not x.is_meta and x.dtype is not torch.float64 and torch.is_autocast_enabled(device := "cuda" if x.is_cuda else x.device.type):
+        x = x.to(torch.get_autocast_dtype(device))
+    dim, path = channel_dim % x.ndim, _path(watched) if supported else "definition"
+    if path != "definition" and not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
+        return _forward_kernel(path)(x, numerator, denominator, dim)  # as below, without autograd's cost
+    return _Rational.apply(x, numerator, denominator, dim, path)
 
 
-def _check(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int) -> None:
-    for name, t in (("x", x), ("numerator", numerator), ("denominator", denominator)):
-        if t.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"rational: {name} must be float32, float16, bfloat16 or float64, not {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"rational: x is on {x.device} but {name} is on {t.device}")
-    if not -x.ndim <= channel_dim < x.ndim:
-        raise ValueError(f"rational: channel_dim {channel_dim} does not exist in x of shape {tuple(x.shape)}")
-    for name, t, least in (("numerator", numerator, "m + 1 >= 1"), ("denominator", denominator, "n >= 1")):
-        if t.ndim != 2 or t.numel() == 0:
-            raise ValueError(f"rational: {name} must have shape (groups, {least}), not {tuple(t.shape)}")
-        if x.shape[channel_dim] % t.shape[0]:
-            raise ValueError(f"rational: the {x.shape[channel_dim]} channels of x {tuple(x.shape)} (dimension {channel_dim}) "
-                             f"do not divide into the {t.shape[0]} groups of {name} {tuple(t.shape)}")
+def _check(shape, dtype, device, a_shape, a_dtype, a_device, b_shape, b_dtype, b_device, channel_dim: int) -> bool:
+    """Whether the kernels take these arguments. Raises: see `rational`."""
+    for name, its_dtype, its_device in (("x", dtype, device), ("numerator", a_dtype, a_device), ("denominator", b_dtype, b_device)):
+        if its_dtype not in FLOAT_DTYPES:
+            raise TypeError(f"rational: {name} must be float32, float16, bfloat16 or float64, not {its_dtype}")
+        if its_device != device:
+            raise ValueError(f"rational: x is on {device} but {name} is on {its_device}")
+    if not -len(shape) <= channel_dim < len(shape):
+        raise ValueError(f"rational: channel_dim {channel_dim} does not exist in x of shape {tuple(shape)}")
+    for name, its_shape, least in (("numerator", a_shape, "m + 1 >= 1"), ("denominator", b_shape, "n >= 1")):
+        if len(its_shape) != 2 or 0 in its_shape:
+            raise ValueError(f"rational: {name} must have shape (groups, {least}), not {tuple(its_shape)}")
+        if shape[channel_dim] % its_shape[0]:
+            raise ValueError(f"rational: the {shape[channel_dim]} channels of x {tuple(shape)} (dimension {channel_dim}) "
+                             f"do not divide into the {its_shape[0]} groups of {name} {tuple(its_shape)}")
+    return device.type == "cuda" and (kernel is None or kernel.supports(shape, dtype, a_shape, b_shape))
+
+
+_check_once = lru_cache(maxsize=4096)(_check)  # for sizes that are plain numbers, which a compiler's are not
+
+
+def _forward_kernel(path: str):
+    return kernel.forward if path == "kernel" else torch.ops.kan.rational
 
 
 def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
@@ -158,11 +181,11 @@ def _per_group(sums: Tensor, like: Tensor) -> Tensor:
 
 class _Rational(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> Tensor:
+    def forward(ctx, x: Tensor, numerator: Tensor, denominator: Tensor, dim: int, path: str) -> Tensor:
         ctx.save_for_backward(x, numerator, denominator)
-        ctx.dim, ctx.by_kernel = dim, _by_kernel(x, numerator, denominator)
-        if ctx.by_kernel:
-            return torch.ops.kan.rational(x, numerator, denominator, dim)
+        ctx.dim, ctx.path = dim, path
+        if path != "definition":
+            return _forward_kernel(path)(x, numerator, denominator, dim)
         x3, dtype, a, b = _Rational._prepare(x, numerator, denominator, dim)
         if _whole(x):
             return _forward(x3.to(dtype), a, b).to(x.dtype).reshape(x.shape)
@@ -176,8 +199,9 @@ class _Rational(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("rational is differentiable once: it has no second derivatives (create_graph=True)")
         x, numerator, denominator = ctx.saved_tensors
-        if ctx.by_kernel:
-            return *torch.ops.kan.rational_backward(grad, x, numerator, denominator, ctx.dim), None
+        if ctx.path != "definition":
+            run = torch.ops.kan.rational_backward if ctx.path == "operator" or _watched(grad) else kernel.backward
+            return *run(grad, x, numerator, denominator, ctx.dim), None, None
         x3, dtype, a, b = _Rational._prepare(x, numerator, denominator, ctx.dim)
         grad3, coefficients = grad.reshape(x3.shape), any(ctx.needs_input_grad[1:3])
         if _whole(x):
@@ -191,7 +215,7 @@ class _Rational(torch.autograd.Function):
                 sum_a += part_a
                 sum_b += part_b
         sign = torch.where(denominator < 0, -1, 1)  # sign(0) = +1
-        return grad_x.reshape(x.shape), _per_group(sum_a, numerator), _per_group(sum_b, denominator) * sign, None
+        return grad_x.reshape(x.shape), _per_group(sum_a, numerator), _per_group(sum_b, denominator) * sign, None, None
 
     @staticmethod
     def _prepare(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int):

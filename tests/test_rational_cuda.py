@@ -26,13 +26,11 @@ CASES = {  # shape, channel dimension, rows of numerator and denominator
 def instances() -> list[str]:
     """Template instances: degrees 5 and 4 in all types and layouts, 8/8 and 3/2 in float."""
     names = []
-    configurations = [*kernel.CONFIG.items(), *((("forward", size), tile) for size in (2, 4) for tile in kernel.TILES[:1])]
-    for (kind, size), (threads, blocks, stages) in configurations:
-        for dtype, name in kernel.TYPES.items():
-            if dtype.itemsize == size:
-                for layout in ("true, false", "true, true", "false, false", "false, true"):
-                    names += [f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages}>"
-                              for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))]
+    for kind, (threads, blocks, stages) in kernel.CONFIG.items():
+        for name in kernel.TYPES.values():
+            for layout in ("true, false", "true, true", "false, false", "false, true"):
+                names += [f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages}>"
+                          for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))]
     return names
 
 
@@ -65,7 +63,10 @@ def host(tmp_path_factory):
     for m, n in ((5, 4), (8, 8), (3, 2), (0, 1)):
         text += f'''extern "C" void run_{m}_{n}(int count, const float* g, const float* x, const float* a, const float* b, float* y, float* dx, float* sums) {{
             Coefficients<{m}, {n}> c; c.load(a, b);
-            for (int i = 0; i < count; i++) {{ y[i] = rational_forward(x[i], c); dx[i] = rational_backward(g[i], x[i], c, sums); }} }}\n'''
+            for (int i = 0; i < count; i++) y[i] = rational_forward(dx[i] = x[i], c);
+            int i = 0;
+            for (; i + 8 <= count; i += 8) rational_backward<8>(g + i, dx + i, c, sums);
+            for (; i < count; i++) rational_backward<1>(g + i, dx + i, c, sums); }}\n'''
     (folder / "host.cpp").write_text(text)
     subprocess.run([compiler, "-O2", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{launch.FOLDER}", "-shared", "-fPIC", "-o",
                     str(folder / "host.so"), str(folder / "host.cpp")], check=True)
@@ -93,14 +94,18 @@ def test_plans_cover_every_vector_once():
         for size in (2, 4):
             for aligned in (True, False):
                 for kind in ("forward", "backward"):
-                    (threads, _, _), vectors, segments, grid, outer, groups, length, tile = kernel.plan(kind, shape, dim % len(shape), a_rows, b_rows,
-                                                                                                      size, aligned, 132)
+                    vectors, segments, grid, rows, outer, groups, length, tile = kernel.plan(kind, shape, dim % len(shape), a_rows, b_rows, size,
+                                                                                             aligned, 132)
+                    threads, period, total = kernel.CONFIG[kind][0], groups * length, outer * groups * length
                     assert outer * groups * length * (16 // size if vectors else 1) == torch.Size(shape).numel()
                     if segments:
-                        assert grid % groups == 0
+                        assert grid % groups == 0 and rows == grid // groups
+                    elif tile:  # whole blocks to a row or whole rows to a block
+                        span = max(threads, period)
+                        assert kind == "forward" and (threads % period == 0 or period % threads == 0)
+                        assert grid % (span // threads) == 0 and 0 <= grid // (span // threads) * tile * span - total < tile * span
                     else:  # a thread meets one function only
-                        assert (tile or grid * threads) % (groups * length) == 0 and threads % (groups * length if tile else 1) == 0
-                    assert not tile or (grid - 1) * tile < outer * groups * length <= grid * tile
+                        assert grid * threads % period == 0 and rows == grid
 
 
 def inputs(shape, dim, a_rows, b_rows, dtype, degrees=(5, 4)):
