@@ -102,6 +102,8 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
     dim, path = channel_dim % x.ndim, _path(watched) if supported else "definition"
     if path != "definition" and not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
         return _forward_kernel(path)(x, numerator, denominator, dim)  # as below, without autograd's cost
+    if watched and torch.onnx.is_in_onnx_export():
+        return _evaluate(x, numerator, denominator, dim)
     return _Rational.apply(x, numerator, denominator, dim, path)
 
 
@@ -130,13 +132,17 @@ def _forward_kernel(path: str):
     return kernel.forward if path == "kernel" else torch.ops.kan.rational
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
 def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
     """c_0 + c_1 x + c_2 x^2 + ... in a tensor of its own."""
     if len(coefficients) == 1:
         return coefficients[0].expand_as(x).clone()
     y = torch.addcmul(coefficients[-2], coefficients[-1], x)
     for c in reversed(coefficients[:-2]):
-        y = torch.addcmul(c, y, x, out=None if torch.compiler.is_compiling() else y)  # one buffer; a compiler needs no help
+        y = torch.addcmul(c, y, x, out=None if _traced() else y)  # one buffer; a compiler needs no help
     return y
 
 
@@ -179,6 +185,24 @@ def _per_group(sums: Tensor, like: Tensor) -> Tensor:
     return sums.reshape(like.shape[0], -1, like.shape[1]).sum(1).to(like.dtype)
 
 
+def _prepare(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int):
+    channels = x.shape[dim]
+    x3 = x.reshape(math.prod(x.shape[:dim]), channels, math.prod(x.shape[dim + 1:]))
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x3, dtype, _per_channel(numerator, channels, dtype), _per_channel(denominator.abs(), channels, dtype)
+
+
+def _evaluate(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> Tensor:
+    """The definition, without gradients in closed form."""
+    x3, dtype, a, b = _prepare(x, numerator, denominator, dim)
+    if _whole(x):
+        return _forward(x3.to(dtype), a, b).to(x.dtype).reshape(x.shape)
+    y = torch.empty_like(x3)
+    for rows in _chunks(x3):
+        y[rows] = _forward(x3[rows].to(dtype), a, b)
+    return y.reshape(x.shape)
+
+
 class _Rational(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, numerator: Tensor, denominator: Tensor, dim: int, path: str) -> Tensor:
@@ -186,13 +210,7 @@ class _Rational(torch.autograd.Function):
         ctx.dim, ctx.path = dim, path
         if path != "definition":
             return _forward_kernel(path)(x, numerator, denominator, dim)
-        x3, dtype, a, b = _Rational._prepare(x, numerator, denominator, dim)
-        if _whole(x):
-            return _forward(x3.to(dtype), a, b).to(x.dtype).reshape(x.shape)
-        y = torch.empty_like(x3)
-        for rows in _chunks(x3):
-            y[rows] = _forward(x3[rows].to(dtype), a, b)
-        return y.reshape(x.shape)
+        return _evaluate(x, numerator, denominator, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -202,7 +220,7 @@ class _Rational(torch.autograd.Function):
         if ctx.path != "definition":
             run = torch.ops.kan.rational_backward if ctx.path == "operator" or _watched(grad) else kernel.backward
             return *run(grad, x, numerator, denominator, ctx.dim), None, None
-        x3, dtype, a, b = _Rational._prepare(x, numerator, denominator, ctx.dim)
+        x3, dtype, a, b = _prepare(x, numerator, denominator, ctx.dim)
         grad3, coefficients = grad.reshape(x3.shape), any(ctx.needs_input_grad[1:3])
         if _whole(x):
             grad_x, sum_a, sum_b = _backward(grad3.to(dtype), x3.to(dtype), a, b, coefficients)
@@ -217,17 +235,10 @@ class _Rational(torch.autograd.Function):
         sign = torch.where(denominator < 0, -1, 1)  # sign(0) = +1
         return grad_x.reshape(x.shape), _per_group(sum_a, numerator), _per_group(sum_b, denominator) * sign, None, None
 
-    @staticmethod
-    def _prepare(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int):
-        channels = x.shape[dim]
-        x3 = x.reshape(math.prod(x.shape[:dim]), channels, math.prod(x.shape[dim + 1:]))
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        return x3, dtype, _per_channel(numerator, channels, dtype), _per_channel(denominator.abs(), channels, dtype)
-
 
 def _whole(x: Tensor) -> bool:
     """A compiler fuses the whole expression, and a GPU would only see more launches: chunks are for eager mode on the CPU."""
-    return x.device.type != "cpu" or torch.compiler.is_compiling()
+    return x.device.type != "cpu" or _traced()
 
 
 def _chunks(x3: Tensor):

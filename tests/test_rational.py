@@ -218,3 +218,14 @@ def test_on_cuda(dtype, tolerance):
 
 def test_shapes_on_the_meta_device():
     assert GroupRational(device="meta")(torch.empty(2, 3, 16, device="meta")).shape == (2, 3, 16)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_export(dynamo, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    layer, x = GroupRational(8, num_channels=96).eval(), torch.randn(2, 5, 96)
+    torch.onnx.export(layer, (x,), str(tmp_path / "layer.onnx"), dynamo=dynamo)
+    session = runtime.InferenceSession(str(tmp_path / "layer.onnx"))
+    got, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), layer(x).detach(), rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """The CUDA kernels of the rational function: compiled and their arithmetic run on the host everywhere, the rest on a GPU."""
 import ctypes
 import importlib.util
+import math
 import shutil
 import subprocess
 import warnings
@@ -177,12 +178,61 @@ def test_strides_and_offsets():
 
 
 @gpu
-def test_nothing_is_written_outside():
-    x, a, b, g = inputs((5, 7, 40), -1, 1, 8, torch.float32)
-    guard = torch.full((3, 5, 7, 40), 7.0, device="cuda")
-    function, grid, threads, _, longs, ints, _ = kernel._prepare("forward", x.shape, 2, a.shape, b.shape, x.dtype, True, 0)
-    function(grid, threads, (x.data_ptr(), a.data_ptr(), b.data_ptr(), guard[1].data_ptr()), longs, ints)
-    assert (guard[0] == 7).all() and (guard[2] == 7).all() and torch.equal(guard[1], rational(x, a, b))
+@pytest.mark.parametrize("case", ["shared", "odd", "odd images", "segments"])
+def test_nothing_is_written_outside(case, monkeypatch):
+    """Every output lies between guards: empty_like and the workspace are replaced by rooms in a larger tensor."""
+    shape, dim, a_rows, b_rows = CASES[case]
+    x, a, b, g = inputs(shape, dim, a_rows, b_rows, torch.bfloat16)
+    want, guarded = gradients(x, a, b, g, dim), []
+
+    def room(count, dtype):
+        size = math.ceil(count * dtype.itemsize / 16) * 16 // dtype.itemsize  # what follows is 16-byte aligned too
+        whole = torch.full((64 + size + 64,), 7.0, device="cuda").to(dtype)
+        guarded.append((whole, count))
+        return whole[64:64 + count]
+
+    def workspace(device, floats):
+        counters, partials = torch.zeros(launch.COUNTERS, dtype=torch.int32, device="cuda"), room(floats, torch.float32)
+        return counters.data_ptr(), partials.data_ptr(), counters
+
+    monkeypatch.setattr(torch, "empty_like", lambda t: room(t.numel(), t.dtype).view(t.shape))
+    monkeypatch.setattr(launch, "workspace", workspace)
+    found = kernel.forward(x, a, b, dim % x.ndim), *kernel.backward(g, x, a, b, dim % x.ndim)
+    monkeypatch.undo()
+    assert len(guarded) == 5 and all(torch.equal(p, q) for p, q in zip(found, want))
+    for whole, count in guarded:
+        assert (whole[:64] == 7).all() and (whole[64 + count:] == 7).all()
+
+
+@gpu
+def test_checkpointing_ddp_workers_and_dispatch_modes(tmp_path):
+    layer = GroupRational(8, num_channels=96).cuda()
+    x = torch.randn(4, 50, 96, device="cuda", requires_grad=True)
+    inputs_ = (x, *layer.parameters())
+    want = torch.autograd.grad(layer(x).square().sum(), inputs_)
+    for reentrant in (True, False):
+        layer.zero_grad(), setattr(x, "grad", None)
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+        assert all(torch.equal(t.grad, q) for t, q in zip(inputs_, want))
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer.zero_grad()
+        torch.nn.parallel.DistributedDataParallel(layer)(x.detach()).square().sum().backward()
+        assert all(torch.equal(p.grad, q) for p, q in zip(layer.parameters(), want[1:]))
+    finally:
+        torch.distributed.destroy_process_group()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(32.0)), batch_size=8, num_workers=2, multiprocessing_context="fork")
+    assert torch.cat([batch for batch, in data]).sum() == 496 and torch.equal(layer(x), layer(x.detach().clone()))
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        found = torch.autograd.grad(layer(x).square().sum(), inputs_)
+    assert {"kan.rational.default", "kan.rational_backward.default"} <= set(seen) and all(torch.equal(p, q) for p, q in zip(found, want))
 
 
 @gpu
