@@ -9,17 +9,16 @@ import timm
 from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
+import kan_options
 import models  # noqa: F401  enters our names into timm's registry
 from datasets import DATASETS, INAT_CATEGORIES
-from kan_basis.rational import KERNELS
-from models.kat import INITS
 from utils import UserError
 
 AMP = ("bf16", "fp16", "off")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
 # what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
 NOT_RESUMED = {"resume", "eval", "pretrained", "finetune", "start_epoch", "use_ema", "result", "output_dir", "device", "pin_mem",
-               "world_size", "dist_url", "distributed", "kernel"}
+               "world_size", "dist_url", "distributed", "kernel", "karat_resample"}
 TRAINING_ONLY = {"num_workers", "compile", "run_name", "run_id", "save_every", "mixup", "cutmix", "cutmix_minmax", "distillation_type",
                  "cosub", "attn_only"}
 # what KAT's published commands leave to the defaults of timm's train.py, which they are written for: a positional DATA brings them
@@ -115,14 +114,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth, probability at the last block")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
 
-    g = p.add_argument_group("KAN basis")
-    g.add_argument("--init", choices=INITS, help="initialisation of KAT models: as the published weights were trained, or as the "
-                   "paper describes (default: released)")
-    g.add_argument("--kernel", choices=KERNELS, help="what computes rational functions on a GPU: CUDA kernels or plain PyTorch (default: "
-                   "KAN_KERNEL or auto, the kernels where CuPy is installed)")
-    g.add_argument("--decay-rational", action=switch, default=False,
-                   help="weight decay on rational coefficients too, as in the published runs; off by default because decay pulls the "
-                   "functions towards zero instead of towards a simpler function")
+    kan_options.add_arguments(p)
 
     g = p.add_argument_group("optimizer")
     g.add_argument("--batch-size", "--batch", "-b", type=int, default=64, help="images for each process and forward pass")
@@ -214,6 +206,8 @@ def get_args_parser() -> Parser:
 
     g = p.add_argument_group("logging")
     g.add_argument("--print-freq", type=int, default=50, help="steps between log lines; each synchronises the device once")
+    g.add_argument("--log-grad-norms", action="store_true", help="log the norms of the gradients, before clipping, by kind of parameter: operators, KAN "
+                   "coefficients, attention, MLP, embeddings and norms, head")
     g.add_argument("--run-name", default="", help="log to Weights & Biases under this name")
     g.add_argument("--log-wandb", action="store_true", help="log to Weights & Biases, under the name of the output folder unless --run-name is given")
     g.add_argument("--run-id", default="", help="Weights & Biases run to continue")
@@ -259,7 +253,7 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if first.eval else set())
         theirs = checkpoint.get("args") or {}
         if checkpoint.get("finetune"):
-            theirs = {} if first.model else {key: theirs[key] for key in ("model", "model_kwargs", "input_size") if key in theirs}
+            theirs = {} if first.model else {key: theirs[key] for key in ("model", "model_kwargs", "input_size", *kan_options.MODEL_FLAGS) if key in theirs}
         elif checkpoint.get("foreign") and not first.model and "model" not in theirs:
             raise UserError(f"{first.resume} does not say which model it is of: name it with --model")
         elif checkpoint.get("foreign") and (cfg := timm.get_pretrained_cfg(theirs.get("model") or first.model or "", allow_unregistered=True)):
@@ -312,7 +306,7 @@ def _check(a: Arguments) -> None:
     shares = ("drop", "drop_path", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "model_ema_decay",
               "distillation_alpha", "eval_crop_ratio")
     positive = ("lr", "weight_decay", "clip_grad", "mixup", "cutmix", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs",
-                "patience_epochs", "num_workers")
+                "patience_epochs", "num_workers", "attn_lr", "karat_init_scale")
     for names, high in ((shares, 1), (positive, float("inf"))):
         faults += [(not 0 <= value <= high, f"--{name.replace('_', '-')} must be between 0 and {high:g}, not {value}")
                    for name in names if (value := getattr(a, name)) is not None]
@@ -324,6 +318,7 @@ def _check(a: Arguments) -> None:
     for wrong, sentence in faults:
         if wrong:
             raise UserError(sentence)
+    kan_options.check(a)
 
 
 def mixing(a: Arguments) -> bool:

@@ -81,7 +81,7 @@ def restore(training: Training, checkpoint: dict, updates_per_epoch: int, args: 
     try:
         training.optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        differ = [f"--{k.replace('_', '-')}" for k in ("decay_rational", "attn_only", "weight_decay") if checkpoint["args"].get(k, getattr(args, k)) != getattr(args, k)]
+        differ = [f"--{k.replace('_', '-')}" for k in ("decay_rational", "attn_only", "weight_decay", "attn_lr") if checkpoint["args"].get(k, getattr(args, k)) != getattr(args, k)]
         because = f"{', '.join(differ)} differ from its own" if differ else utils.first_line(error)
         raise CheckpointError(f"the state of the optimizer in {args.resume} does not fit this training: {because}") from error
     for group, own in zip(training.optimizer.param_groups, wanted):  # what this command line says, not what the file did

@@ -10,6 +10,7 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from groups import GradNorms
 from losses import DistillationLoss
 from utils import World
 
@@ -31,6 +32,7 @@ class Training:
     amp: str  # bf16, fp16 or off
     ema: ModelEmaV3 | None = None
     mixup: object = None
+    grad_norms: GradNorms | None = None
     updates: int = 0  # optimizer steps so far
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "weights": "", "epoch": -1})
 
@@ -46,7 +48,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     The device is only synchronised when something is logged: losses are summed there, and the first step with a NaN or infinite loss
     is remembered there and looked at by all processes together, at every log line and at the end of the epoch.
 
-    Returns: ({train_loss: per image, over all processes; train_lr}, {train_seconds, images_per_second, ...} of all processes).
+    Returns: ({train_loss: per image, over all processes; train_lr; with run.grad_norms their means over the steps},
+        {train_seconds, images_per_second, ...} of all processes).
     Raises: NonFiniteLoss on every process.
     """
     run.forward.train(args.train_mode)
@@ -58,6 +61,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     title = f"epoch {epoch + 1}/{epochs}"
     bar = _progress_bar(steps, title) if world.is_main and sys.stdout.isatty() else None
     run.optimizer.zero_grad(set_to_none=True)
+    if run.grad_norms is not None:
+        run.grad_norms.reset()
 
     for step, (images, targets) in enumerate(loader):
         if run.mixup is not None:
@@ -85,6 +90,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
             rate = (images_seen - logged[0]) * world.world_size / (now - logged[1])
             logged = images_seen, now
             message = f"loss {loss_sum.item() / images_seen:.4f}  lr {run.optimizer.param_groups[0]['lr']:.2e}  {rate:.0f} images/s"
+            if run.grad_norms is not None:
+                message += "  grad norms " + "  ".join(f"{kind} {norm:.2e}" for kind, norm in run.grad_norms.last().items())
             if bar and step + 1 < steps:
                 bar.update(step + 1 - bar.n)
                 bar.set_postfix_str(message)
@@ -97,14 +104,20 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     speed = {"train_seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
     if device.type == "cuda":
         speed["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) >> 20
-    return {"train_loss": total / count, "train_lr": run.optimizer.param_groups[0]["lr"]}, speed
+    entry = {"train_loss": total / count, "train_lr": run.optimizer.param_groups[0]["lr"]}
+    if run.grad_norms is not None:
+        entry |= {f"grad_norm_{kind}": norm for kind, norm in run.grad_norms.mean().items()}
+    return entry, speed
 
 
 def _update(run: Training, args) -> None:
     if run.scheduler is not None:
         run.scheduler.step_update(run.updates)  # acts only where the schedule counts updates
-    if args.clip_grad is not None:
+    if args.clip_grad is not None or run.grad_norms is not None:
         run.scaler.unscale_(run.optimizer)
+    if run.grad_norms is not None:
+        run.grad_norms.update()
+    if args.clip_grad is not None:
         parameters = model_parameters(run.model, exclude_head=args.clip_mode == "agc")  # adaptive clipping leaves out the head
         dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
     run.scaler.step(run.optimizer)

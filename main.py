@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
@@ -27,6 +27,7 @@ import weights
 from arguments import Arguments, mixing, parse
 from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
+from groups import GradNorms, optimizer_groups
 from kan_basis.rational import use_kernel
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
@@ -101,7 +102,7 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         load_all(model, checkpoint["model"], args.resume)
     elif start is not None:
         chosen, which = choose(start, args.use_ema)
-        world.log(*load_matching(model, chosen, f"{args.finetune} ({which} weights)"), sep="\n")
+        world.log(*load_matching(model, chosen, f"{args.finetune} ({which} weights)", args.karat_resample), sep="\n")
         start.clear()  # its memory
     if args.attn_only:
         freeze_all_but_attention(model)
@@ -127,8 +128,8 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict | None, loader: Devic
         models = {which: model}
         if both:
             models["EMA"] = copy.deepcopy(model)
-            load_all(models["EMA"], checkpoint["model_ema"], f"the EMA of {args.resume}", resample=True)
-        if resampled := load_all(model, own, args.resume, resample=True):
+            load_all(models["EMA"], checkpoint["model_ema"], f"the EMA of {args.resume}", resample=True, mode=args.karat_resample)
+        if resampled := load_all(model, own, args.resume, resample=True, mode=args.karat_resample):
             world.log(f"note: resampled {', '.join(resampled)}")
     results = evaluate(models, loader, amp, world)
     known = known_best(checkpoint) if len(results) > 1 else None
@@ -233,15 +234,16 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
                    world: World) -> tuple[Training, int]:
     """Everything that training moves, and the number of epochs (cool-down included)."""
     global_batch = batch_size * world.world_size * args.grad_accum_steps
-    lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
+    lr, attn_lr = (rate if args.unscale_lr or rate is None else rate * global_batch / 512 for rate in (args.lr, args.attn_lr))
     scaled = "not scaled" + (", as in timm's and KAT's scripts, because the data folder comes first" if args.timm_style else "")
     scaled = scaled if args.unscale_lr else f"base {args.lr:g} x {global_batch} / 512"
     world.log(f"learning rate {lr:g} ({scaled}; global batch {global_batch} = {batch_size} images x {world.world_size} processes x "
-              f"{args.grad_accum_steps} accumulated)")
+              f"{args.grad_accum_steps} accumulated)" + ("" if attn_lr is None else f"; of the operators {attn_lr:g}"))
     fused = {"fused": True} if args.opt == "adamw" and world.device.type == "cuda" else {}
     try:
-        optimizer = create_optimizer_v2(parameter_groups(model, args), opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum,
-                                        **fused, **{k: v for k, v in (("eps", args.opt_eps), ("betas", args.opt_betas)) if v is not None})
+        groups = optimizer_groups(model, args.weight_decay, args.decay_rational, attn_lr)
+        optimizer = create_optimizer_v2(groups, opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum, **fused,
+                                        **{k: v for k, v in (("eps", args.opt_eps), ("betas", args.opt_betas)) if v is not None})
     except (TypeError, ValueError, AssertionError, RuntimeError, ImportError, IndexError) as error:
         raise UserError(f"--opt {args.opt} cannot be used: {first_line(error)}") from error
     updates_per_epoch = -(-steps // args.grad_accum_steps)
@@ -270,15 +272,8 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
         ema = ModelEmaV3(model, decay=args.model_ema_decay if fixed else 0.99996, use_warmup=not fixed,
                          device="cpu" if args.model_ema_force_cpu else None)
     return Training(model, forward, build_criterion(model, num_classes, args, world).to(world.device), optimizer,
-                    scheduler, torch.amp.GradScaler(world.device.type, enabled=amp == "fp16"), num_classes, amp, ema, mixup), epochs
-
-
-def parameter_groups(model: nn.Module, args: Arguments) -> list[dict]:
-    """Weight decay on matrices; none on biases, norms, embeddings, nor (unless --decay-rational) on rational coefficients."""
-    no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    if not args.decay_rational:
-        no_decay |= {n for n, _ in model.named_parameters() if n.endswith(("weight_numerator", "weight_denominator"))}
-    return param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=no_decay)
+                    scheduler, torch.amp.GradScaler(world.device.type, enabled=amp == "fp16"), num_classes, amp, ema, mixup,
+                    GradNorms(model) if args.log_grad_norms else None), epochs
 
 
 def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: World) -> nn.Module:

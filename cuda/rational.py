@@ -54,8 +54,11 @@ def _prepare(kind: str, shape: tuple[int, ...], dim: int, a_shape: tuple[int, in
     (threads, blocks, stages), K = CONFIG[kind], a_shape[1] + b_shape[1]
     vectors, segments, grid, rows, outer, groups, length, tile = plan(kind, shape, dim, a_shape[0], b_shape[0], dtype.itemsize, aligned,
                                                                       launch.multiprocessors(device))
-    tensors, table = (1, 0) if kind == "forward" else (2, max(4 * (K * (threads + 1) + threads), 32 * threads))
-    shared = max(16 * tensors * threads * stages if vectors else 0, table)
+    if kind == "forward":
+        shared = 16 * threads * stages if vectors else 0
+    else:
+        stages = stages if K <= 12 else stages - 1  # 99 KiB is what the smallest GPUs have for a block
+        shared = (32 * threads * stages if vectors else 0) + max(8 * threads + 4 * K * (threads + 1), 32 * threads)
     name = (f"rational_{kind}_kernel<{TYPES[dtype]}, {a_shape[1] - 1}, {b_shape[1]}, {str(vectors).lower()}, {str(segments).lower()}, "
             f"{threads}, {blocks}, {stages}>")
     team = rows if rows <= 512 else TEAM

@@ -71,8 +71,12 @@ def _watched(*tensors: Tensor) -> bool:
 
     Without them the dispatcher is left out, which costs more host time than the rest of a call.
     """
-    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-            or torch._C._functorch.peek_interpreter_stack() is not None or any(type(t) not in (Tensor, nn.Parameter) for t in tensors))
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int = -1) -> Tensor:

@@ -5,6 +5,7 @@ from torch import nn
 
 import models  # noqa: F401  enters our names into timm's registry
 from arguments import Arguments
+from kan_options import model_options
 from utils import UserError, first_line
 
 
@@ -16,7 +17,7 @@ def build_model(args: Arguments, num_classes: int | None, weights_follow: bool =
     cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True)
     any_size = cfg is not None and (not cfg.fixed_input_size or cfg.input_size[-1] == args.input_size)
     options = {"num_classes": num_classes, "drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None,
-               "img_size": None if any_size else args.input_size, "weight_init": args.init, **args.model_kwargs}
+               "img_size": None if any_size else args.input_size, "weight_init": args.init, **model_options(args), **args.model_kwargs}
     pretrained = args.pretrained and not weights_follow
     if (weights_follow or pretrained) and "kat_" in args.model:
         options["weight_init"] = "skip"
@@ -51,5 +52,5 @@ def freeze_all_but_attention(model: nn.Module) -> None:
     heads = {id(p) for module in (classifier if isinstance(classifier, tuple) else (classifier,)) for p in module.parameters()}
     if not any(".attn." in name for name, _ in model.named_parameters()):
         raise UserError("--attn-only needs a transformer with parameters named *.attn.*")
-    for name, p in model.named_parameters():
-        p.requires_grad_(".attn." in name or name == "pos_embed" or id(p) in heads)
+    for name, p in model.named_parameters():  # what is frozen already, such as the scale of a base function that is 0, stays so
+        p.requires_grad_(p.requires_grad and (".attn." in name or name.startswith("karat.") or name == "pos_embed" or id(p) in heads))

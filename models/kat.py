@@ -2,10 +2,12 @@
 
     MLP(x) = fc2(dropout(F2(fc1(dropout(F1(x))))))      F1 starts as the identity, F2 as swish
 
+Functions of any other basis may take the place of the rationals (`mlp_basis`); that is an option of this repository.
 Everything else is timm's VisionTransformer. `kat_*` and `flash_kat_*` are one model with two spellings of its options; parameter
 names are the published ones (mlp.act1.weight_numerator (1, 6), mlp.act1.weight_denominator (8, 4), the same for act2).
 Source: Yang & Wang, Kolmogorov-Arnold Transformer, 2025 (arXiv:2409.10594); FlashKAT (arXiv:2505.13813).
 """
+import inspect
 import math
 from functools import partial
 
@@ -16,7 +18,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from kan_basis import GroupRational, rational
+from kan_basis import BASES, GroupBasis, GroupRational, group_basis, make_basis, rational
+from kan_basis.basis import Basis
 from models.vit import SIZES, build, model_cfg, register
 
 INITS = ("released", "variance_preserving")
@@ -33,30 +36,41 @@ PUBLISHED = {
 
 
 class GRKANMlp(nn.Module):
-    """Two linear layers, each behind a group-rational function.
+    """Two linear layers, each behind a group-rational function, or behind functions of another basis.
 
     Args:
         in_features, hidden_features, out_features: channels; hidden and out default to in.
         norm_layer: normalisation before fc2 (timm's scale_mlp_norm), none by default.
         bias, drop: for (fc1, fc2), one value or a pair; dropout follows each rational.
-        act_layer: accepted for timm's `mlp_layer` interface and not used: the activations are the rationals.
-        act_init: presets that the two rationals start from.
-        degrees, num_groups, numerator_groups: see GroupRational; 0 or less: one function per channel.
+        act_layer: accepted for timm's `mlp_layer` interface and not used: the activations are the learned functions.
+        act_init: presets that the two rationals start from, or targets of the two functions of another basis (GroupBasis).
+        num_groups: functions in each activation; 0 or less: one per channel.
+        degrees, numerator_groups: of rationals, see GroupRational.
+        mlp_basis: "rational", or another basis of the registry.
+        mlp_grid, mlp_order, mlp_grid_range, mlp_wavelet: options of the other bases; a basis takes those it knows.
     Shape: (..., in_features) -> (..., out_features).
     """
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None, act_layer=None,
                  norm_layer=None, bias=True, drop=0.0, act_init: tuple[str, str] = ("identity", "swish"),
-                 degrees: tuple[int, int] = (5, 4), num_groups: int = 8, numerator_groups: int = 1, device=None, dtype=None) -> None:
+                 degrees: tuple[int, int] = (5, 4), num_groups: int = 8, numerator_groups: int = 1, mlp_basis: str = "rational", mlp_grid: int = 3,
+                 mlp_order: int = 3, mlp_grid_range: tuple[float, float] = (-3.0, 3.0), mlp_wavelet: str = "mexican_hat",
+                 device=None, dtype=None) -> None:
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         hidden_features, out_features = hidden_features or in_features, out_features or in_features
         bias, drop = to_2tuple(bias), to_2tuple(drop)
-        act = partial(GroupRational, num_groups, degrees=degrees, numerator_groups=numerator_groups, **dd)
-        self.act1 = act(mode=act_init[0], num_channels=in_features)
+        basis = _mlp_basis(mlp_basis, grid=mlp_grid, order=mlp_order, grid_range=tuple(mlp_grid_range), wavelet=mlp_wavelet)
+
+        def act(init: str, num_channels: int) -> nn.Module:
+            if basis is None:
+                return GroupRational(num_groups, init, degrees, numerator_groups, num_channels, **dd)
+            return GroupBasis(basis, num_groups, init, num_channels, **dd)
+
+        self.act1 = act(act_init[0], in_features)
         self.drop1 = nn.Dropout(drop[0])
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias[0], **dd)
-        self.act2 = act(mode=act_init[1], num_channels=hidden_features)
+        self.act2 = act(act_init[1], hidden_features)
         self.drop2 = nn.Dropout(drop[1])
         self.norm = norm_layer(hidden_features, **dd) if norm_layer is not None else nn.Identity()
         self.fc2 = nn.Linear(hidden_features, out_features, bias=bias[1], **dd)
@@ -72,11 +86,21 @@ class GRKANMlp(nn.Module):
             nn.init.normal_(fc.weight, std=math.sqrt(variance_gain(act) / fc.in_features))
 
 
-def variance_gain(act: GroupRational) -> float:
+def _mlp_basis(name: str, **options) -> Basis | None:
+    """The basis called `name` with those of the options that it knows; None for rationals, whose activation is GroupRational."""
+    key = name.removesuffix("Basis").lower()
+    if key == "rational":
+        return None
+    known = inspect.signature(BASES[key]).parameters if key in BASES else ()
+    return make_basis(name, **{option: value for option, value in options.items() if option in known})
+
+
+def variance_gain(act: GroupRational | GroupBasis) -> float:
     """alpha = 1 / E[F(x)^2] for x ~ N(0, 1), of the first function, by quadrature: 1 for the identity, 2.8178 for swish."""
     x = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
     density = torch.exp(-x * x / 2)
-    y = rational(x, act.weight_numerator[:1].detach().double().cpu(), act.weight_denominator[:1].detach().double().cpu())
+    first = [weight[:1].detach().double().cpu() for weight in act.parameters()]
+    y = group_basis(x, *first, act.basis, act.target) if isinstance(act, GroupBasis) else rational(x, *first)
     return (density.sum() / (density * y * y).sum()).item()
 
 
@@ -84,20 +108,23 @@ class KATMixin:
     """What KAT adds to a timm vision transformer: the GR-KAN MLP in its `mlp_layer` slot and the two initialisations.
 
     Args (besides timm's):
-        act_init: preset of the second rational, or the pair (first, second).
-        degrees, num_groups, numerator_groups: see GroupRational.
+        act_init: preset of the second function, or the pair (first, second).
+        degrees, num_groups, numerator_groups, mlp_basis, mlp_grid, mlp_order, mlp_grid_range, mlp_wavelet: see GRKANMlp.
         weight_init: "released": linear layers from trunc_normal(std=0.02) and mimetic attention, what the published weights were
             trained from; "variance_preserving": what the paper describes, fc1 and fc2 scaled by the gains of their rationals
             instead; or one of timm's ("", "jax", "jax_nlhb", "moco", "skip").
     """
 
     def __init__(self, *args, act_init: str | tuple[str, str] = "swish", degrees: tuple[int, int] = (5, 4), num_groups: int = 8,
-                 numerator_groups: int = 1, weight_init: str = "released", **kwargs) -> None:
+                 numerator_groups: int = 1, mlp_basis: str = "rational", mlp_grid: int = 3, mlp_order: int = 3,
+                 mlp_grid_range: tuple[float, float] = (-3.0, 3.0), mlp_wavelet: str = "mexican_hat", weight_init: str = "released",
+                 **kwargs) -> None:
         if weight_init not in (*INITS, "", "jax", "jax_nlhb", "moco", "skip", "reset"):
             raise ValueError(f"unknown weight_init '{weight_init}'; there are: {', '.join(INITS)} and timm's jax, jax_nlhb, moco, skip")
         pair = ("identity", act_init) if isinstance(act_init, str) else tuple(act_init)
         kwargs.setdefault("mlp_layer", partial(GRKANMlp, act_init=pair, degrees=tuple(degrees), num_groups=num_groups,
-                                               numerator_groups=numerator_groups))
+                                               numerator_groups=numerator_groups, mlp_basis=mlp_basis, mlp_grid=mlp_grid,
+                                               mlp_order=mlp_order, mlp_grid_range=mlp_grid_range, mlp_wavelet=mlp_wavelet))
         super().__init__(*args, weight_init="skip" if weight_init in INITS else weight_init, **kwargs)
         self.kat_init = weight_init if weight_init in INITS else ""
         if self.kat_init:

@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from models.resample import resample_operators
 from utils import first_line
 from weights import CheckpointError, model_in, prefix_tokens
 
@@ -28,14 +29,15 @@ def choose(checkpoint: dict, use_ema: bool | None) -> tuple[dict[str, Tensor], s
     return (checkpoint["model_ema"], "EMA") if use_ema else (checkpoint["model"], "raw")
 
 
-def load_all(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False) -> list[str]:
-    """Load all weights or none; with `resample`, position and patch embeddings may be of another size.
+def load_all(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False,
+             mode: str = "bicubic") -> list[str]:
+    """Load all weights or none; with `resample`, position and patch embeddings and operators (by `mode`) may be of another size.
 
     Returns: what was resampled.
     Raises: CheckpointError naming the first tensors that are missing, unknown or of another shape.
     """
     own = model.state_dict()
-    given, weights = weights, _resampled(model, weights, source) if resample else weights
+    given, weights = weights, _resampled(model, weights, source, mode) if resample else weights
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is unknown to the model" for name in weights if name not in own]
     faults += [f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
@@ -44,19 +46,19 @@ def load_all(model: nn.Module, weights: dict[str, Tensor], source: str | Path, r
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{source} does not fit the model{_other_model(model, source)}: {'; '.join(faults[:3])}{more}")
     model.load_state_dict(weights)
-    return [f"{name} {tuple(value.shape)} -> {tuple(weights[name].shape)}" for name, value in given.items()
-            if name in weights and value.shape != weights[name].shape]
+    return ranges(f"{name} {tuple(value.shape)} -> {tuple(weights[name].shape)}" for name, value in given.items()
+                  if name in weights and value.shape != weights[name].shape)
 
 
-def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> list[str]:
-    """Load every tensor that fits by name and shape, position and patch embeddings resampled; the others keep their values.
+def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path, mode: str = "bicubic") -> list[str]:
+    """Load every tensor that fits by name and shape, embeddings and operators (by `mode`) resampled; the others keep their values.
 
     Returns: lines that name everything that did not fit, on either side.
     Raises: CheckpointError if less than a hundredth of the model's parameters fit.
     """
     own = model.state_dict()
     try:
-        resized = _resampled(model, weights, source)
+        resized = _resampled(model, weights, source, mode)
     except CheckpointError:  # listed below as of another shape
         resized = weights
     fit = {name: value for name, value in resized.items() if name in own and value.shape == own[name].shape}
@@ -78,8 +80,11 @@ def _other_model(model: nn.Module, source: str | Path) -> str:
     return f" {own} (its name says {named})" if own and named and own != named else f" {own}" if own else ""
 
 
-def _resampled(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """Position and patch embeddings in the size of `model`, by timm; class and distillation tokens are added or left out first."""
+def _resampled(model: nn.Module, weights: dict[str, Tensor], source: str | Path, mode: str) -> dict[str, Tensor]:
+    """Position and patch embeddings in the size of `model`, by timm; class and distillation tokens are added or left out first.
+
+    Kolmogorov-Arnold operators for the tokens of `model`, by models/resample.py and `mode`.
+    """
     if not isinstance(model, VisionTransformer):
         return weights
     try:
@@ -88,9 +93,9 @@ def _resampled(model: nn.Module, weights: dict[str, Tensor], source: str | Path)
             position, own = weights["pos_embed"], 0 if model.no_embed_class else model.num_prefix_tokens
             theirs = prefix_tokens(weights)
             weights["pos_embed"] = torch.cat([position[:, :min(own, theirs)], model.pos_embed[:, theirs:own].to(position).detach(), position[:, theirs:]], 1)
-        return checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+        return checkpoint_filter_fn(resample_operators(weights, model, mode), model, adapt_layer_scale=True)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{source}: its embeddings cannot be resampled to the model ({first_line(error)})") from error
+        raise CheckpointError(f"{source}: it cannot be resampled to the model ({first_line(error)})") from error
 
 
 def ranges(names) -> list[str]:

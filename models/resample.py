@@ -6,12 +6,15 @@ there are more of them: each is multiplied by N_old / N_new, folded into the par
     sum over q    scale_base and scale_basis of the first layer, or project_in where W comes first
     sum over n    project_out, or scale_base and scale_basis of the last layer where there is none (at depth 1 the same ones again)
 """
+import math
 import re
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 _KEY = re.compile(r"((?:.*\.)?(?:operator|karat)\.|)(?:layers\.(\d+)\.(coefficients|scale_base|scale_basis)|(project_in|project_out))")
 
 
@@ -26,8 +29,8 @@ def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple
         mode: interpolation, "bicubic", "bilinear" or "nearest" (to the nearest centre); antialias for the first two.
     Raises: ValueError for an unknown mode, or parameters that are not for `old_grid`.
     """
-    if mode not in ("bicubic", "bilinear", "nearest"):
-        raise ValueError(f"unknown mode '{mode}'; there are: bicubic, bilinear, nearest")
+    if mode not in INTERPOLATIONS:
+        raise ValueError(f"unknown mode '{mode}'; there are: {', '.join(INTERPOLATIONS)}")
     old, new = ((g, g) if isinstance(g, int) else tuple(g) for g in (old_grid, new_grid))
     if old == new:
         return dict(state_dict)
@@ -53,6 +56,29 @@ def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple
         if name != "coefficients":  # a function that is not linear is scaled outside
             resampled[key] = resampled[key] * ratio ** len(axes)
     return resampled
+
+
+def resample_operators(state_dict: dict[str, Tensor], model: VisionTransformer, mode: str = "bicubic") -> dict[str, Tensor]:
+    """The state of a model, its operators resampled from the square grid that they are for to the grid of `model`.
+
+    Raises: ValueError if they are for no square grid behind the class tokens of `model`.
+    """
+    old, prefix = _tokens(state_dict), model.num_prefix_tokens
+    if old in (None, prefix + model.patch_embed.num_patches):
+        return state_dict
+    side = math.isqrt(max(0, old - prefix))
+    if prefix + side ** 2 != old:
+        raise ValueError(f"operators for {old} tokens, which are not {prefix} and a square of patches")
+    return resample_operator_state(state_dict, side, model.patch_embed.grid_size, prefix, mode)
+
+
+def _tokens(state_dict: dict[str, Tensor]) -> int | None:
+    """The number of tokens that operators are for, None where there are no operators."""
+    for key, value in state_dict.items():
+        match = _KEY.fullmatch(key)
+        if match and (match[4] == "project_in" or match[2] == "0" and f"{match[1]}project_in" not in state_dict):
+            return value.shape[2]
+    return None
 
 
 def _resample(x: Tensor, axis: int, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool) -> Tensor:

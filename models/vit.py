@@ -9,6 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, deit, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
+from models.resample import resample_operators
+
 SIZES = {
     "tiny_patch16_224": dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3),
     "small_patch16_224": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
@@ -26,8 +28,8 @@ def model_cfg(img_size: int = 224, **kwargs) -> dict:
 
 
 def build(model_cls: type[VisionTransformer], variant: str, pretrained: bool = False, out_indices=3, **kwargs) -> VisionTransformer:
-    """timm's builder: weights from the hub or a file, resampled patch and position embeddings, features_only."""
-    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+    """timm's builder: weights from the hub or a file, resampled patch and position embeddings and operators, features_only."""
+    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=lambda w, m: checkpoint_filter_fn(resample_operators(w, m), m),
                                 feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs)
 
 

@@ -1,4 +1,7 @@
-"""Every flag of DeiT's and KArAt's command line, and of KAT's, which is timm's: it parses, and what is built with it differs as it says."""
+"""Every flag of DeiT's and KArAt's command line, and of KAT's, which is timm's: it parses, and what is built with it differs as it says.
+
+Those of Kolmogorov-Arnold functions are in test_karat_flags.py.
+"""
 import contextlib
 import inspect
 import io

@@ -30,7 +30,7 @@ def instances() -> list[str]:
     for kind, (threads, blocks, stages) in kernel.CONFIG.items():
         for name in kernel.TYPES.values():
             for layout in ("true, false", "true, true", "false, false", "false, true"):
-                names += [f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages}>"
+                names += [f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages - (kind == 'backward' and m + n > 11)}>"
                           for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))]
     return names
 
@@ -286,7 +286,7 @@ def test_second_device():
 def test_choice_of_the_kernel(monkeypatch):
     x, a, b, _ = inputs((2, 16), -1, 1, 8, torch.float32)
     calls = []
-    monkeypatch.setattr(kernel, "supports", lambda *args: calls.append(1) or False)
+    monkeypatch.setattr(kernel, "forward", lambda *args: calls.append(1) or x)
     rational(x, a, b)
     assert calls
     calls.clear()

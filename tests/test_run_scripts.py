@@ -108,6 +108,39 @@ def test_training_scripts_refuse(env, word, run):
     assert refused(done) and word in done.stderr and argv is None
 
 
+@pytest.mark.parametrize("row, model, options", [
+    ("tiny G3B CIFAR10", "vit_tiny_patch16_224_karat", dict(basis_type="FourierBasis", grid=[3], universal=False)),
+    ("small G3U IMNET", "vit_small_patch16_224_karat", dict(basis_type="FourierBasis", grid=[3], universal=True)),
+    ("base G1U CIFAR100", "vit_base_patch16_224_karat", dict(basis_type="FourierBasis", grid=[1], universal=True)),
+    ("tiny G11B CIFAR10", "vit_tiny_patch16_224_karat", dict(grid=[11])),
+    ("tiny rationalB CIFAR10", "vit_tiny_patch16_224_karat", dict(basis_type="RationalBasis", rational_order=[5, 4])),
+    *((f"tiny {wavelet}B CIFAR10", "vit_tiny_patch16_224_karat", dict(basis_type="WaveletBasis", wavelet_type=wavelet))
+      for wavelet in ("mexican_hat", "morlet", "dog", "meyer", "shannon")),
+    ("tiny vit CIFAR10", "vit_tiny_patch16_224", {})])
+def test_karat_script(row, model, options, run, monkeypatch, tmp_path):
+    done, argv = run("run_scripts/train_karat.sh", *row.split(), "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    args, processes = main_arguments(argv, monkeypatch, tmp_path)
+    assert (args.model, args.data_set, args.data_path, args.input_size) == (model, row.split()[2], str(tmp_path / "imagenet"), 224)
+    assert {name: getattr(args, name) for name in options} == options
+    if "karat" in model:
+        assert (args.modular_attn, args.modular_mode, args.hidden_dim, args.base_fn) == (True, "phi1_w2", [12], "ZeroModule")
+    assert (processes * args.batch_size, args.lr, args.unscale_lr, args.epochs) == (128 if "IMNET" in row else 32, 5e-4, False, 100)
+    assert (args.opt, args.opt_eps, args.weight_decay, args.decay_rational, args.clip_grad, args.clip_mode) == ("adamw", 1e-6, 0.05, True, 1.0, "norm")
+    assert (args.sched, args.warmup_epochs, args.warmup_lr, args.min_lr) == ("cosine", 5, 1e-6, 1e-5)
+    assert (args.model_ema_decay, args.scale, args.color_jitter, args.aa, args.smoothing) == (0.99992, [0.08, 1], 0.4, "rand-m15-n2-mstd1.0-inc1", 0.1)
+    assert (args.mixup, args.cutmix, args.eval_crop_ratio, args.seed) == (0.8, 1.0, 0.9, 3)
+    assert args.output_dir == f"output/{model}_{row.split()[1]}_{args.data_set}"
+
+
+@pytest.mark.parametrize("words, env, word", [
+    ("tiny G3B", {}, "SIZE VARIANT DATASET"), ("large G3B CIFAR10", {}, "large"), ("tiny G3 CIFAR10", {}, "G3"), ("tiny haarB CIFAR10", {}, "haarB"),
+    ("tiny G3B STL10", {}, "STL10"), ("tiny G3B CIFAR10", {"GPUS": "3"}, "32"), ("tiny G3B IMNET", {"DATA_PATH": "nowhere"}, "DATA_PATH")])
+def test_karat_script_refuses(words, env, word, run):
+    done, argv = run("run_scripts/train_karat.sh", *words.split(), **env)
+    assert refused(done) and word in done.stderr and argv is None
+
+
 @pytest.mark.parametrize("script", FINETUNE)
 def test_fine_tuning_scripts(script, run, monkeypatch, tmp_path):
     done, argv = run(f"run_scripts/{script}", DATA_PATH="")

@@ -1,0 +1,150 @@
+"""The flags of Kolmogorov-Arnold attention and MLPs: what they are, what does not go together, and which options of the model they mean.
+
+None is what is not given: then the model keeps its own default, and a name alone is the published model. For attention that is W Phi(A)
+(--modular-attn in its default order); --depth by itself asks for layers of functions without a projection.
+"""
+import inspect
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+
+import timm
+import torch
+
+from kan_basis import BASES
+from kan_basis.basis import INITS as KARAT_INITS
+from kan_basis.pade import VERSIONS
+from kan_basis.rational import KERNELS
+from kan_basis.wavelet import WAVELETS
+from models.kat import INITS
+from models.operator import MODES, OUTPUT_SCALES
+from models.resample import INTERPOLATIONS
+from utils import UserError, first_line
+
+# flags that belong to a basis, and the parameter of the basis by which it is known
+BASIS = {"grid": "grid", "order": "order", "grid_range": "grid_range", "wavelet_type": "wavelet", "rational_order": "degrees",
+         "rational_version": "version"}
+MLP_BASIS = {"mlp_grid": "grid", "mlp_order": "order", "mlp_grid_range": "grid_range", "mlp_wavelet": "wavelet", "mlp_degrees": "degrees",
+             "mlp_numerator_groups": "degrees"}
+# flags that are options of the model, by another name where they have one
+ATTENTION = {name: name for name in ("basis_type", *BASIS, "base_fn", "hidden_dim", "modular_attn", "modular_mode", "mixed_head", "num_attention",
+                                     "universal", "karat_blocks", "project_l1", "output_scale", "karat_init", "karat_init_scale")}
+ATTENTION |= {"depth": "karat_depth", "basis_not_trainable": "basis_trainable", "base_not_trainable": "base_trainable"}
+MLP = {name: name for name in ("mlp_basis", "mlp_grid", "mlp_order", "mlp_grid_range", "mlp_wavelet")}
+MLP |= {"mlp_degrees": "degrees", "mlp_groups": "num_groups", "mlp_numerator_groups": "numerator_groups"}
+FLASH_KAT = {"num_groups": "den_groups", "numerator_groups": "num_groups"}  # FlashKAT's names of these
+MODEL_FLAGS = (*ATTENTION, *MLP)
+
+
+def add_arguments(p: ArgumentParser) -> None:
+    """The groups KAN basis, attention and MLP basis."""
+    on = dict(action="store_true", default=None)
+    g = p.add_argument_group("KAN basis", "the functions in the attention of *_karat models")
+    g.add_argument("--basis-type", type=_published, choices=sorted(map(_published, BASES)), help="family of the functions (default: FourierBasis)")
+    g.add_argument("--grid", type=int, nargs="+", metavar="G", help="frequencies of FourierBasis, cells of SplineBasis; several numbers: one for each "
+                   "KArAt block (default: 3)")
+    g.add_argument("--order", type=int, help="degree of the pieces of SplineBasis (default: 3)")
+    g.add_argument("--grid-range", type=float, nargs=2, metavar=("LO", "HI"), help="ends of the grid of SplineBasis, in units of the scores (default: -1 1)")
+    g.add_argument("--wavelet-type", choices=sorted(WAVELETS), help="mother wavelet of WaveletBasis (default: mexican_hat)")
+    g.add_argument("--rational-order", type=int, nargs=2, metavar=("M", "N"), help="degrees of numerator and denominator of RationalBasis (default: 5 4)")
+    g.add_argument("--rational-version", choices=sorted(VERSIONS), help="denominator of RationalBasis: A, 1 + |b1| |x| + ..; B, 1 + |b1 x + ..| (default: B)")
+    g.add_argument("--base-fn", help="what is added to the basis in each function: an element-wise activation of torch.nn, such as nn.SiLU or nn.ReLU, "
+                   "nn.Identity, or ZeroModule for nothing (default: ZeroModule)")
+    g.add_argument("--basis-not-trainable", **on, help="freeze coefficients and scales of the basis")
+    g.add_argument("--base-not-trainable", **on, help="freeze the scales and parameters of --base-fn")
+    g.add_argument("--decay-rational", action=BooleanOptionalAction, default=False,
+                   help="weight decay on rational coefficients, and on coefficients and scales of all other bases, too, as in the published runs; off by "
+                   "default because decay pulls the functions towards zero instead of towards a simpler function")
+
+    g = p.add_argument_group("attention", "of *_karat models: softmax(A) becomes sigma(A), one operator for each head")
+    one = g.add_mutually_exclusive_group()
+    one.add_argument("--universal", action="store_const", const=True, help="one operator for all blocks")
+    one.add_argument("--blockwise", dest="universal", action="store_const", const=False, help="an operator for each block (default)")
+    g.add_argument("--depth", type=int, metavar="N", help="layers of an operator: 1, all N x N functions Phi(A); 2, Phi2(Phi1(A)), or with --modular-attn "
+                   "one of them is a projection W (default: 2 with --modular-attn; --depth without --modular-attn means no projection)")
+    g.add_argument("--modular-attn", **on, help="one layer of functions and one projection W, as in the published models (the default unless --depth is given)")
+    g.add_argument("--modular-mode", choices=MODES, help="their order, W Phi(A) or Phi(W A) (default: phi1_w2)")
+    g.add_argument("--hidden-dim", type=int, nargs="+", metavar="R", help="rank, the width between two layers; several numbers: one for each KArAt block "
+                   "(default: 12)")
+    g.add_argument("--mixed-head", **on, help="only some heads have an operator, the others stay softmax")
+    g.add_argument("--num-attention", type=int, metavar="H", help="how many heads, with --mixed-head (default: half)")
+    g.add_argument("--karat-blocks", metavar="BLOCKS", help="blocks with operators, such as 0-3,11; the others stay softmax (default: all)")
+    g.add_argument("--project-l1", **on, help="project each row of sigma(A) on the probability simplex")
+    g.add_argument("--output-scale", choices=OUTPUT_SCALES, help="factor of sigma(A): 1, 1 / sqrt(tokens), or learned for each head (default: 1)")
+    g.add_argument("--karat-init", choices=KARAT_INITS, help="initialisation: published, all coefficients ~ N(0, 1); scaled, sigma(A) V starts with the "
+                   "variance of V (default: published)")
+    g.add_argument("--karat-init-scale", type=float, metavar="C", help="sigma(A) starts so many times as large (default: 1)")
+    g.add_argument("--attn-lr", type=float, help="learning rate of the operators, scaled and scheduled as --lr (default: --lr)")
+    g.add_argument("--karat-resample", default="bicubic", choices=INTERPOLATIONS, help="interpolation of the operators of a file for another image or "
+                   "patch size")
+
+    g = p.add_argument_group("MLP basis", "the functions in the MLP of kat_* and flash_kat_* models")
+    g.add_argument("--init", choices=INITS, help="initialisation: as the published weights were trained, or as the paper describes (default: released)")
+    g.add_argument("--mlp-basis", type=str.lower, choices=sorted(BASES), help="family of the functions (default: rational)")
+    g.add_argument("--mlp-degrees", type=int, nargs=2, metavar=("M", "N"), help="degrees of numerator and denominator (rational; default: 5 4)")
+    g.add_argument("--mlp-groups", type=int, metavar="N", help="groups of channels that share a function, 0: none share (default: 8)")
+    g.add_argument("--mlp-numerator-groups", type=int, metavar="N", help="groups of channels that share a numerator (rational; default: 1)")
+    g.add_argument("--mlp-grid", type=int, metavar="G", help="frequencies (fourier) or cells (spline; default: 3)")
+    g.add_argument("--mlp-order", type=int, help="degree of the pieces (spline; default: 3)")
+    g.add_argument("--mlp-grid-range", type=float, nargs=2, metavar=("LO", "HI"), help="ends of the grid (spline; default: -3 3)")
+    g.add_argument("--mlp-wavelet", choices=sorted(WAVELETS), help="mother wavelet (wavelet; default: mexican_hat)")
+    g.add_argument("--kernel", choices=KERNELS, help="what computes rational functions on a GPU: CUDA kernels or plain PyTorch (default: "
+                   "KAN_KERNEL or auto, the kernels where CuPy is installed)")
+
+
+def model_options(a: Namespace) -> dict:
+    """What the given flags mean to the model's constructor; nothing for flags that were not given."""
+    options = {option: _value(flag, getattr(a, flag)) for flag, option in (ATTENTION | MLP).items() if getattr(a, flag) is not None}
+    if a.depth is not None and a.modular_attn is None:
+        options["modular_attn"] = False
+    if "flash_kat" in a.model:
+        options = {FLASH_KAT.get(option, option): value for option, value in options.items()}
+    return options
+
+
+def check(a: Namespace) -> None:
+    """Raises: UserError, one sentence, for flags that do not fit each other or the model, or values that the model refuses."""
+    attention, mlp = ([flag for flag in flags if getattr(a, flag) is not None] for flags in ((*ATTENTION, "attn_lr"), MLP))
+    attention += ["karat_resample"] * (a.karat_resample != "bicubic")
+    for flags, part, what in ((attention, "karat", "models with Kolmogorov-Arnold attention (*_karat)"), (mlp, "kat_", "models with a KAN MLP (kat_*)")):
+        if flags and part not in a.model:
+            raise UserError(f"{_spelling(flags[0], a)} is for {what}, not {a.model}")
+    for given, flags, chosen, default in ((attention, BASIS, "basis_type", "fourier"), (mlp, MLP_BASIS, "mlp_basis", "rational")):
+        basis = str(a.model_kwargs.get(chosen) or getattr(a, chosen) or default).removesuffix("Basis").lower()
+        for flag in given:
+            takers = [name for name, cls in BASES.items() if flags.get(flag) in inspect.signature(cls).parameters]
+            if flag in flags and basis in BASES and basis not in takers:
+                spelt = _published if chosen == "basis_type" else str
+                raise UserError(f"{_spelling(flag, a)} is for {_spelling(chosen, a)} {' or '.join(map(spelt, sorted(takers)))}, not {spelt(basis)}")
+    if a.modular_mode is not None and not a.modular_attn:
+        raise UserError("--modular-mode is the order of --modular-attn: give both")
+    if a.modular_attn and a.depth == 1:
+        raise UserError("--depth 1 and --modular-attn do not go together: one layer of functions leaves no place for a projection")
+    if (mlp or "karat" in a.model) and timm.is_model(a.model.split(".")[0]):
+        _try(a)
+
+
+def _try(a: Namespace) -> None:
+    """Builds the model without memory for its parameters: its constructor knows best what it does not take."""
+    options = {"img_size": a.input_size, **model_options(a), **a.model_kwargs, "num_classes": 1}
+    try:
+        with torch.device("meta"):
+            timm.create_model(a.model.split(".")[0], **options)
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise UserError(f"cannot build {a.model}: {first_line(error)}") from error
+
+
+def _value(flag: str, value):
+    if flag.endswith("not_trainable"):
+        return not value
+    if flag in ("grid", "hidden_dim") and isinstance(value, (list, tuple)) and len(value) == 1:
+        return value[0]
+    return value
+
+
+def _published(basis: str) -> str:
+    """FourierBasis of fourier, Fourier, FourierBasis; what is no basis stays as it is."""
+    cls = BASES.get(basis.removesuffix("Basis").lower())
+    return cls.__name__ if cls else basis
+
+
+def _spelling(flag: str, a: Namespace) -> str:
+    return "--blockwise" if flag == "universal" and not a.universal else "--" + flag.replace("_", "-")

@@ -1,0 +1,202 @@
+"""The flags of Kolmogorov-Arnold attention and MLPs: what they build, what they refuse, and how they train and resume."""
+import json
+
+import pytest
+import timm
+import torch
+
+import main
+from arguments import parse
+from groups import GradNorms, kind, optimizer_groups
+from kan_basis import BASES
+from kan_options import model_options
+from models.build import build_model, freeze_all_but_attention
+from tests.test_main import call, log
+
+NAME = "vit_micro_patch8_32_karat"
+BASE = ["--model", NAME, "--input-size", "32", "--device", "cpu"]
+TRAIN = [*BASE, "--num-workers", "0", "--batch-size", "20", "--train-subset", "40", "--val-subset", "20", "--warmup-epochs", "0", "--model-kwargs", "depth=2",
+         "embed_dim=32"]
+
+
+def built(command, model=NAME):
+    args, _ = parse(["--model", model, "--input-size", "32", *command.split()], lambda args: None)
+    return build_model(args, 10)
+
+
+def operators(model):
+    return [block.attn.shared[0] if block.attn.shared else block.attn.operator for block in model.blocks]
+
+
+def first(model):
+    return operators(model)[0]
+
+
+# (flags, what then holds of the model; without them it does not hold)
+EFFECTS = [
+    ("--universal", lambda m: len(set(map(id, operators(m)))) == 1),
+    ("--grid 5", lambda m: first(m).layers[0].basis.grid == 5),
+    ("--grid 1 2 3 4", lambda m: [op.layers[0].basis.grid for op in operators(m)] == [1, 2, 3, 4]),
+    ("--hidden_dim 4", lambda m: first(m).project_out.shape == (2, 17, 4)),
+    ("--hidden_dim 4 5 --karat_blocks 0,3", lambda m: [op and op.project_out.shape[2] for op in operators(m)] == [4, None, None, 5]),
+    ("--karat-blocks 1-2", lambda m: [op is not None for op in operators(m)] == [False, True, True, False]),
+    ("--depth 1", lambda m: [(f.in_features, f.out_features) for f in first(m).layers] == [(17, 17)]),
+    ("--depth 2", lambda m: [(f.in_features, f.out_features) for f in first(m).layers] == [(17, 12), (12, 17)]),
+    ("--depth 3 --modular_attn", lambda m: len(first(m).layers) == 2 and first(m).project_out is not None),
+    ("--modular_attn --modular_mode w1_phi2", lambda m: first(m).project_in is not None),
+    ("--mixed_head", lambda m: first(m).num_heads == 1),
+    ("--mixed_head --num_attention 1", lambda m: first(m).num_heads == 1),
+    ("--project_l1", lambda m: first(m).project_l1),
+    ("--basis_type SplineBasis --order 2 --grid_range -2 3", lambda m: (first(m).layers[0].basis.order, first(m).layers[0].basis.grid_range) == (2, (-2, 3))),
+    ("--basis_type fourier --grid 4", lambda m: first(m).layers[0].basis.grid == 4),
+    ("--basis_type WaveletBasis --wavelet_type dog", lambda m: first(m).layers[0].basis.wavelet == "dog"),
+    ("--basis_type RationalBasis --rational_order 3 2 --rational_version A",
+     lambda m: (first(m).layers[0].basis.degrees, first(m).layers[0].basis.version) == ((3, 2), "A")),
+    ("--base_fn nn.SiLU", lambda m: isinstance(first(m).layers[0].base_fn, torch.nn.SiLU) and first(m).layers[0].scale_base.requires_grad),
+    ("--basis_not_trainable", lambda m: not first(m).layers[0].coefficients.requires_grad),
+    ("--base_fn SiLU --base_not_trainable", lambda m: first(m).layers[0].base_fn is not None and not first(m).layers[0].scale_base.requires_grad),
+    ("--karat-init scaled", lambda m: first(m).layers[0].coefficients.std() < 0.5),
+    ("--karat-init-scale 0.5", lambda m: first(m).layers[0].scale_basis.eq(0.5).all()),
+    ("--output-scale learned", lambda m: isinstance(first(m).output_scale, torch.nn.Parameter)),
+    ("--model-kwargs hidden_dim=6", lambda m: first(m).project_out.shape[2] == 6)]
+
+
+@pytest.mark.parametrize("flags, holds", EFFECTS, ids=[flags for flags, _ in EFFECTS])
+def test_flag_has_its_effect(flags, holds):
+    assert holds(built(flags))
+    try:
+        held = bool(holds(built("")))
+    except (AttributeError, TypeError):  # what the check asks for is not there
+        held = False
+    assert not held, f"holds without {flags} as well"
+
+
+def test_no_flags_are_the_published_model():
+    published = {name: value.shape for name, value in timm.create_model(NAME, num_classes=10).state_dict().items()}
+    for command in ("", "--blockwise", "--modular_attn", "--modular_attn --modular_mode phi1_w2 --depth 2 --hidden_dim 12 --grid 3 --basis_type FourierBasis"):
+        assert {name: value.shape for name, value in built(command).state_dict().items()} == published, command
+    assert model_options(parse(BASE, lambda args: None)[0]) == {}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_mlp_basis(name):
+    model = built(f"--mlp-basis {name} --mlp-groups 4", "kat_micro_patch8_32")
+    shape = {"rational": (4, 4), "fourier": (4, 6), "spline": (4, 6), "wavelet": (4, 3)}[name]
+    assert shape in [tuple(p.shape) for n, p in model.named_parameters() if kind(n) == "kan"]
+
+
+def test_mlp_options():
+    def shapes(command, model):
+        return [tuple(p.shape) for p in built(command, model).blocks[0].mlp.act1.parameters()]
+
+    for model in ("kat_micro_patch8_32", "flash_kat_micro_patch8_32"):
+        assert shapes("--mlp-degrees 3 2 --mlp-groups 4 --mlp-numerator-groups 2", model) == [(2, 4), (4, 2)], model
+    assert shapes("--mlp-basis spline --mlp-grid 5 --mlp-order 2 --mlp-grid-range -1 1", "kat_micro_patch8_32_karat") == [(8, 7)]
+    assert built("--mlp-basis wavelet --mlp-wavelet dog", "kat_micro_patch8_32").blocks[0].mlp.act2.basis.wavelet == "dog"
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--universal --blockwise", "not allowed with"), ("--order 2", "--order is for --basis-type SplineBasis, not FourierBasis"),
+    ("--grid-range -1 1 --basis_type WaveletBasis", "--grid-range is for"),
+    ("--basis_type WaveletBasis --grid 3", "--grid is for --basis-type FourierBasis or"),
+    ("--basis_type RationalBasis --grid 3", "not RationalBasis"), ("--wavelet_type dog", "--wavelet-type is for --basis-type WaveletBasis"),
+    ("--rational_order 3 2", "--rational-order is for --basis-type RationalBasis"), ("--rational-version A", "--rational-version is for"),
+    ("--modular_mode phi1_w2", "give both"), ("--depth 1 --modular_attn", "no place for a projection"), ("--depth 0", "depth must be at least 1"),
+    ("--hidden_dim 0", "hidden_dim must be at least 1"), ("--grid 0", "grid must be at least 1"), ("--num_attention 1", "num_attention needs mixed_head"),
+    ("--mixed_head --num_attention 3", "from 1 to 2"), ("--karat-blocks 0-4", "from 0 to 3"), ("--karat-blocks x", "like '0-3,11'"),
+    ("--model-kwargs depth=2 --karat-blocks 2", "from 0 to 1"), ("--grid 1 2", "each of the 4"), ("--universal --hidden_dim 1 2 3 4", "one value"),
+    ("--basis-type Chebyshev", "invalid choice"), ("--wavelet_type haar --basis_type WaveletBasis", "invalid choice"),
+    ("--base_fn os.system", "unknown base_fn"),
+    ("--model-kwargs basis_type=Chebyshev", "unknown basis 'Chebyshev'"), ("--attn-lr -1", "between 0 and inf"), ("--karat-init-scale -1", "between 0 and inf"),
+    ("--model vit_micro_patch8_32 --blockwise", "--blockwise is for models with Kolmogorov-Arnold attention"),
+    ("--model kat_micro_patch8_32 --attn_lr 1", "--attn-lr is for models with"), ("--model kat_micro_patch8_32 --karat-resample nearest", "is for models with"),
+    ("--mlp-basis fourier", "--mlp-basis is for models with a KAN MLP"), ("--model vit_micro_patch8_32 --mlp-groups 4", "--mlp-groups is for models"),
+    ("--model kat_micro_patch8_32 --mlp-grid 3", "--mlp-grid is for --mlp-basis fourier or spline, not rational"),
+    ("--model kat_micro_patch8_32 --mlp-basis spline --mlp-degrees 5 4", "--mlp-degrees is for --mlp-basis rational"),
+    ("--model kat_micro_patch8_32 --mlp-groups 5", "64 channels do not divide into 5 groups"), ("--model kat_micro_patch8_32 --mlp-basis x", "invalid choice")])
+def test_flags_that_do_not_fit_together(flags, sentence, capfd, monkeypatch):
+    monkeypatch.setattr(main, "run", lambda *_: pytest.fail("something was read or built"))
+    try:
+        code = call(*BASE, *flags.split())
+    except SystemExit as end:
+        code = end.code
+    *usage, error = capfd.readouterr().err.splitlines()
+    assert code == 2 and sentence in error and "error: " in error and len(usage) <= 1
+
+
+def test_training_with_its_own_rate_and_logged_norms_and_resumed_without_flags(tmp_path, capfd):
+    flags = ["--universal", "--grid", "2", "--basis-type", "SplineBasis", "--modular-attn", "--modular-mode", "w1_phi2", "--base-fn", "nn.SiLU",
+             "--attn-lr", "1e-2", "--lr", "1e-3", "--clip-grad", "1e-3", "--log-grad-norms"]
+    assert call(*TRAIN, *flags, "--epochs", "1", "--output-dir", tmp_path) == 0
+    out = capfd.readouterr().out
+    assert "of the operators 0.000390625" in out and "grad norms karat" in out
+    entry = log(tmp_path)[0]
+    norms = {key: value for key, value in entry.items() if key.startswith("grad_norm_")}
+    assert list(norms) == [f"grad_norm_{kind}" for kind in ("karat", "head", "attention", "mlp", "embed_norm")] and all(v > 1e-3 for v in norms.values())
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert [name for name in state["model"] if "project_in" in name] == ["karat.project_in"]
+    assert sorted({group["initial_lr"] for group in state["optimizer"]["param_groups"]}) == [1e-3 * 20 / 512, 1e-2 * 20 / 512]
+    assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--device", "cpu") == 0
+    assert f"Acc@1 {entry['test_acc1']:.3f}" in capfd.readouterr().out
+    assert call("--resume", "auto", "--output-dir", tmp_path, "--epochs", "2", "--device", "cpu") == 0
+    assert [set(e) for e in log(tmp_path)] == [set(entry)] * 2 and json.loads((tmp_path / "args.json").read_text())["args"]["universal"] is True
+    assert call("--resume", "auto", "--output-dir", tmp_path, "--epochs", "3", "--blockwise", "--device", "cpu") == 2
+    assert "does not fit the model" in capfd.readouterr().err
+    assert call("--finetune", tmp_path / "checkpoint.pth", "--epochs", "0", "--device", "cpu") == 0  # the model of the file, options and all
+    assert "start anew" not in capfd.readouterr().out
+
+
+def test_groups_of_the_optimizer_and_kinds_of_parameters():
+    model = timm.create_model("kat_micro_patch8_32_karat", num_classes=10, output_scale="learned")
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain, decayed, own, own_decayed = optimizer_groups(model, 0.1, False, karat_lr=0.5)
+    assert [group["weight_decay"] for group in (plain, decayed, own, own_decayed)] == [0, 0.1, 0, 0.1]
+    assert ["lr" in group for group in (plain, decayed, own, own_decayed)] == [False, False, True, True] and own["lr"] == 0.5
+    assert {names[id(p)].split("operator.")[1] for p in own["params"]} == {"output_scale", "layers.0.coefficients", "layers.0.scale_basis"}
+    assert {names[id(p)].split("operator.")[1] for p in own_decayed["params"]} == {"project_out"}
+    assert not [names[id(p)] for p in decayed["params"] if kind(names[id(p)]) in ("karat", "kan", "embed_norm") and "proj.weight" not in names[id(p)]]
+    every = {names[id(p)] for group in optimizer_groups(model, 0.1, True) if group["weight_decay"] for p in group["params"]}
+    assert {"blocks.0.attn.operator.layers.0.coefficients", "blocks.0.mlp.act1.weight_numerator"} <= every
+    groups = {}
+    for name, p in model.named_parameters():
+        groups.setdefault(kind(name), set()).add(name)
+    assert list(groups) == ["embed_norm", "attention", "karat", "kan", "mlp", "head"]
+    assert {name.split(".", 2)[-1] for name in groups["attention"]} == {f"attn.{layer}.{what}" for layer in ("qkv", "proj") for what in ("weight", "bias")}
+
+
+def test_gradient_norms_against_their_statement():
+    model = timm.create_model("kat_micro_patch8_32_karat", num_classes=10)
+    norms = GradNorms(model)
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        norms.update()
+    expected = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            expected[kind(name)] = expected.get(kind(name), 0) + p.grad.double().square().sum().item()
+    assert norms.last() == {key: pytest.approx(value ** 0.5, rel=1e-5) for key, value in expected.items()}
+    mean = norms.mean()
+    model.head.weight.grad.fill_(float("inf"))
+    norms.update()
+    assert norms.last()["head"] == float("inf") and norms.mean() == mean
+    norms.reset()
+    assert set(norms.mean().values()) == {0.0}
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_attn_only_trains_operators(universal):
+    model = timm.create_model(NAME, universal=universal)
+    freeze_all_but_attention(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.endswith("scale_base") or name in trained for name, _ in model.named_parameters() if kind(name) == "karat")
+    assert not any(name.endswith("scale_base") or ".mlp." in name for name in trained) and {"pos_embed", "head.weight"} <= trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--basis-type SplineBasis", "--basis-type WaveletBasis", "--basis-type RationalBasis --epochs 6"])
+def test_digits_above_95_percent(flags, tmp_path):
+    assert call(*BASE, "--data-set", "DIGITS", "--epochs", "20", "--batch-size", "50", "--lr", "3e-3", "--unscale-lr", "--warmup-epochs", "2",
+                "--sched-on-updates", "--eval-every", "5", "--no-aug", "--no-repeated-aug", "--mixup", "0.2", "--cutmix", "0", "--drop-path", "0",
+                "--clip-grad", "1", "--num-workers", "0", "--output-dir", tmp_path, *flags.split()) == 0
+    assert log(tmp_path)[-1]["max_accuracy"] > 95
