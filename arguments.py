@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "none")
 # what a checkpoint does not hand on to --eval or to a resumed run: it belongs to the machine or to the call
 NOT_RESUMED = {"resume", "eval", "pretrained", "finetune", "start_epoch", "use_ema", "result", "output_dir", "device", "pin_mem",
                "world_size", "dist_url", "distributed", "kernel", "karat_resample"}
-TRAINING_ONLY = {"num_workers", "compile", "run_name", "run_id", "save_every", "mixup", "cutmix", "cutmix_minmax", "distillation_type",
+TRAINING_ONLY = {"num_workers", "compile", "compile_mode", "run_name", "run_id", "save_every", "mixup", "cutmix", "cutmix_minmax", "distillation_type",
                  "cosub", "attn_only"}
 # what KAT's published commands leave to the defaults of timm's train.py, which they are written for: a positional DATA brings them
 TIMM_DEFAULTS = dict(unscale_lr=True, warmup_lr=1e-5, min_lr=0.0, train_interpolation="random", repeated_aug=False,
@@ -130,6 +130,8 @@ def get_args_parser() -> Parser:
     g.add_argument("--amp", nargs="?", const="bf16", choices=AMP,
                    help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model for training")
+    g.add_argument("--compile-mode", default="default", choices=["default", "reduce-overhead", "max-autotune"], help="mode of --compile; reduce-overhead "
+                   "replays CUDA graphs, for small models whose kernels are shorter than their launches")
 
     g = p.add_argument_group("schedule")
     g.add_argument("--lr", type=float, default=5e-4, help="base learning rate, scaled by global batch / 512")
@@ -289,6 +291,7 @@ def _check(a: Arguments) -> None:
         (a.resume and a.pretrained and not a.eval, "--resume and --pretrained do not go together: choose the weights to start from"),
         (a.save_every and not a.output_dir and not a.eval, "--save-every needs --output-dir"),
         (a.run_id and not a.run_name, "--run-id needs --run-name"),
+        (a.compile_mode != "default" and not (a.compile or a.eval), "--compile-mode needs --compile"),
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
         (a.model_ema_decay is not None and not a.model_ema, "--model-ema-decay and --no-model-ema do not go together"),
         (a.no_aug and (a.three_augment or a.src), "--no-aug does not go together with --three-augment or --src"),

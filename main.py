@@ -263,7 +263,7 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     if mixing(args):
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                       label_smoothing=0.0 if args.bce_loss else args.smoothing, num_classes=num_classes)
-    forward = torch.compile(model) if args.compile else model
+    forward = torch.compile(model, mode=args.compile_mode) if args.compile else model
     if world.world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[world.device.index] if world.device.type == "cuda" else None)
     ema = None

@@ -20,7 +20,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     model = timm.create_model(name, img_size=options.input_size).cuda().train(not options.inference)
     images = torch.randn(options.batch_size, 3, options.input_size, options.input_size, device="cuda")
     targets = torch.randint(1000, (options.batch_size,), device="cuda")
-    forward = torch.compile(model) if options.compile else model
+    forward = torch.compile(model, mode=options.compile_mode) if options.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
 
@@ -40,7 +40,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     step()
     peak = torch.cuda.max_memory_allocated() / 2**20
     median, low, high = common.times(step, options.milliseconds)
-    return {"model": name, "mode": "inference" if options.inference else "training", "compiled": options.compile, "batch": options.batch_size,
+    return {"model": name, "mode": "inference" if options.inference else "training", "compiled": options.compile and options.compile_mode, "batch": options.batch_size,
             "amp": options.amp, "kernel": options.kernel, "ms": median, "ms 20 %": low, "ms 80 %": high, "images/s": options.batch_size / median * 1e3,
             "peak MiB": peak}
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--input-size", type=int, default=224, help="pixels")
     parser.add_argument("--amp", default="bf16", choices=["bf16", "fp16", "off"], help="precision")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--compile-mode", default="default", choices=["default", "reduce-overhead", "max-autotune"], help="mode of --compile")
     parser.add_argument("--inference", action="store_true", help="forward pass only")
     parser.add_argument("--kernel", default="auto", choices=KERNELS, help="what computes the rational functions")
     parser.add_argument("--milliseconds", type=int, default=1500, help="time to measure for")

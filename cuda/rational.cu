@@ -8,8 +8,9 @@
 //          thread meets one function only and keeps it in registers. Segments: block b meets function b modulo groups only; for long segments.
 //          Both: persistent blocks. Tiles: as flat, but a block takes one stretch of `tile` rows and ends (forward only: no sums to hand over).
 //          All prefetch STAGES - 1 vectors into shared memory slots of the thread's own (cp.async), no barrier in the loop.
-// Sums     registers -> shared memory (float: every FLUSH turns of STAGES steps) -> block -> partials (blocks, groups, M + 1 + N) -> teams of blocks -> all, each in
-//          a fixed order, added up in double from the block on, at the end by whichever block finishes last. No float atomics: equal inputs give equal bits.
+// Sums     registers -> shared memory (float: every FLUSH turns of STAGES steps) -> block -> partials (blocks, groups, M + 1 + N) -> teams of blocks
+//          -> all, each in a fixed order, added up in double from the block on, at the end by whichever block finishes last. No float atomics:
+//          equal inputs give equal bits.
 // Source   Yang & Wang 2025 (arXiv:2409.10594), Molina et al. 2020 (arXiv:1907.06732), version A.
 #include "common.cuh"
 #include "rational_math.h"
@@ -173,8 +174,6 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
     constexpr int FLUSH = V > 4 ? 0 : 4;  // sums of few terms lose few digits; 16-bit gradients have none to lose
     extern __shared__ uint4 slots[];
     uint4 *x_slot = slots + threadIdx.x, *grad_slot = x_slot + STAGES * THREADS;
-    double* part_sums = reinterpret_cast<double*>(slots + (VECTORS ? 2 * STAGES * THREADS : 0));
-    float* table = reinterpret_cast<float*>(part_sums + THREADS);  // sums of the threads, (K, THREADS + 1)
     Walk<Index<VECTORS>, SEGMENTS> walk;
     walk.start(outer, groups, length, 0);
     const auto *x16 = reinterpret_cast<const uint4*>(x), *grad16 = reinterpret_cast<const uint4*>(grad);
@@ -193,19 +192,19 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
     const auto c = coefficients_of_thread<M, N, SEGMENTS>(numerator, denominator, groups, length, a_share, b_share);
     float sums[K];
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-        sums[k] = 0.0f;
-        if (FLUSH) table[k * (THREADS + 1) + threadIdx.x] = 0.0f;
-    }
-    const auto flush = [&]() {
+    for (int k = 0; k < K; k++) sums[k] = 0.0f;
+    float* table = reinterpret_cast<float*>(slots + (VECTORS && FLUSH ? 2 * STAGES * THREADS : 0));  // sums of the threads, (K, THREADS + 1)
+    const auto flush = [&](bool first) {
 #pragma unroll
         for (int k = 0; k < K; k++) {
             float& place = table[k * (THREADS + 1) + threadIdx.x];
-            place = FLUSH ? place + sums[k] : sums[k];
+            place = first ? sums[k] : place + sums[k];
             sums[k] = 0.0f;
         }
     };
-    for (int turn = 1; walk.j < walk.n; turn++) {
+    int turn = 0;
+    if (FLUSH) flush(true);
+    while (walk.j < walk.n) {
 #pragma unroll
         for (int s = 0; s < STAGES; s++) {
             if (walk.j >= walk.n) break;
@@ -224,9 +223,11 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
             }
             walk.next();
         }
-        if (FLUSH && turn % max(FLUSH, 1) == 0) flush();
+        if (FLUSH && ++turn % max(FLUSH, 1) == 0) flush(false);
     }
-    flush();
+
+    if (!FLUSH) __syncthreads();  // the slots become the table
+    flush(!FLUSH);
     __syncthreads();
     if (SEGMENTS) {
         for (int k = threadIdx.x / 32; k < K; k += THREADS / 32) {  // a warp for each sum
@@ -239,6 +240,7 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
     } else {
         const int period = groups * length, first = int(i64(blockIdx.x) * THREADS % period);
         const int outputs = groups * K, parts = max(1, THREADS / outputs);
+        float* part_sums = table + K * (THREADS + 1);
         for (int first_output = 0; first_output < outputs; first_output += THREADS) {  // once, unless there are more outputs than threads
             const int o = first_output + (parts > 1 ? threadIdx.x % outputs : threadIdx.x), part = parts > 1 ? threadIdx.x / outputs : 0;
             const int g = o / K, k = o % K;
@@ -259,10 +261,11 @@ rational_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, co
     // the last block of each team sums the rows of its team, the last team the rows of all teams
     const int items = groups * K, share = SEGMENTS ? groups : 1, blocks = gridDim.x / share, teams = (blocks + team - 1) / team;
     const int own = blockIdx.x / share / team, members = min(team, blocks - own * team);
+    double* sums_table = reinterpret_cast<double*>(slots);  // neither slots nor table are needed any more
     float *team_rows = partials + i64(blocks) * items, *total = team_rows + i64(teams) * items;
     const auto sum = [&](const float* rows, int count, float* row) {
-        if (items % 4) sum_rows<1>(rows, count, items, row, part_sums);
-        else sum_rows<4>(rows, count, items, row, part_sums);
+        if (items % 4) sum_rows<1>(rows, count, items, row, sums_table);
+        else sum_rows<4>(rows, count, items, row, sums_table);
     };
     if (!last_of(finished + 1 + own, members * share)) return;
     sum(partials + i64(own) * team * items, members, teams == 1 ? total : team_rows + i64(own) * items);

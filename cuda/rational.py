@@ -54,11 +54,12 @@ def _prepare(kind: str, shape: tuple[int, ...], dim: int, a_shape: tuple[int, in
     (threads, blocks, stages), K = CONFIG[kind], a_shape[1] + b_shape[1]
     vectors, segments, grid, rows, outer, groups, length, tile = plan(kind, shape, dim, a_shape[0], b_shape[0], dtype.itemsize, aligned,
                                                                       launch.multiprocessors(device))
-    if kind == "forward":
-        shared = 16 * threads * stages if vectors else 0
-    else:
-        stages = stages if K <= 12 else stages - 1  # 99 KiB is what the smallest GPUs have for a block
-        shared = (32 * threads * stages if vectors else 0) + max(8 * threads + 4 * K * (threads + 1), 32 * threads)
+    slots, table = 16 * threads * stages * vectors, 0
+    if kind == "backward":
+        stages -= K > 12  # 99 KiB is what the smallest GPUs have for a block
+        slots, table = 32 * threads * stages * vectors, 4 * (K * (threads + 1) + threads)
+    shared = slots + table if dtype is torch.float32 else max(slots, table)  # see FLUSH in rational.cu
+    shared = max(shared, 32 * threads if kind == "backward" else 0)
     name = (f"rational_{kind}_kernel<{TYPES[dtype]}, {a_shape[1] - 1}, {b_shape[1]}, {str(vectors).lower()}, {str(segments).lower()}, "
             f"{threads}, {blocks}, {stages}>")
     team = rows if rows <= 512 else TEAM
