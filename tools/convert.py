@@ -19,13 +19,14 @@ from torch import Tensor
 import utils
 import weights
 from arguments import Arguments, Parser, parse
+from kan_options import MODEL_FLAGS
 from models.build import build_model, outputs_of
 from models.kat import KATMixin
 from models.load import choose, load_matching
 from utils import UserError
 
 # the arguments that describe a model and its images
-DESCRIPTION = ("model", "model_kwargs", "input_size", "mean", "std", "eval_crop_ratio", "interpolation")
+DESCRIPTION = ("model", "model_kwargs", "input_size", "mean", "std", "eval_crop_ratio", "interpolation", *MODEL_FLAGS)
 LAYOUTS = {"kat": "KAT", "flashkat": "FlashKAT"}
 COEFFICIENTS = re.compile(r"\.act[12]\.weight_(numerator|denominator)$")
 
