@@ -272,6 +272,8 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     if args.log_wandb and not args.run_name:
         args.run_name = os.path.basename(os.path.abspath(args.output_dir)) if args.output_dir else args.model
     _check(args)
+    if checkpoint is not None and not checkpoint.get("foreign") and not checkpoint.get("finetune"):
+        kan_options.check_unchanged(args, theirs)
     return args.freeze(), checkpoint
 
 

@@ -4,6 +4,7 @@ None is what is not given: then the model keeps its own default, and a name alon
 (--modular-attn in its default order); --depth by itself asks for layers of functions without a projection.
 """
 import inspect
+import math
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 import timm
@@ -118,8 +119,30 @@ def check(a: Namespace) -> None:
         raise UserError("--modular-mode is the order of --modular-attn: give both")
     if a.modular_attn and a.depth == 1:
         raise UserError("--depth 1 and --modular-attn do not go together: one layer of functions leaves no place for a projection")
+    if a.depth == 1 and a.hidden_dim is not None:
+        raise UserError("--hidden-dim is the width between two layers: --depth 1 has one")
+    if a.karat_init_scale is not None and not 0 < a.karat_init_scale < math.inf:
+        raise UserError(f"--karat-init-scale must be positive, not {a.karat_init_scale}")
+    for option in a.model_kwargs.keys() & model_options(a).keys():
+        raise UserError(f"--model-kwargs {option}={a.model_kwargs[option]} says what a flag says too: give one of them")
     if (mlp or "karat" in a.model) and timm.is_model(a.model.split(".")[0]):
         _try(a)
+
+
+def check_unchanged(a: Namespace, theirs: dict) -> None:
+    """Raises: UserError for a flag that would make another model than the one that a checkpoint of ours, with settings `theirs`, is of."""
+    for flag in MODEL_FLAGS:
+        given, trained = (list(v) if isinstance(v, tuple) else v for v in (getattr(a, flag), theirs.get(flag)))
+        if flag in theirs and given != trained:
+            was = "without" if trained is None else f"with {_words(flag, trained)}, not"
+            raise UserError(f"the checkpoint was trained {was} {_words(flag, given)}: drop the flag")
+
+
+def _words(flag: str, value) -> str:
+    if flag == "universal":
+        return "--universal" if value else "--blockwise"
+    words = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join(["--" + flag.replace("_", "-"), *map(str, words)])
 
 
 def _try(a: Namespace) -> None:

@@ -40,6 +40,7 @@ class _Arguments(threading.local):
         start = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
         self.extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(start), 2, ctypes.addressof(self.size), 0)  # buffer, its size, end
         self.address = ctypes.addressof(self.extra)
+        self.devices: set[int] = set()  # whose context was made this thread's own
 
 
 _arguments = _Arguments()
@@ -62,7 +63,7 @@ class Kernel:
             raise RuntimeError(f"the CUDA kernel {name} could not be compiled or loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
                                "KAN_KERNEL=torch goes without it, in plain PyTorch") from error
         self.function, self.shared_bytes, self.device, self.packing = function, shared_bytes, device, struct.Struct(types)
-        self.handle, self.launch = function.kernel.ptr, cupy.cuda.driver.launchKernel
+        self.handle, self.launch, self.set_device = function.kernel.ptr, cupy.cuda.driver.launchKernel, cupy.cuda.runtime.setDevice
 
     def __call__(self, grid: int, threads: int, *arguments: int) -> None:
         memory = _arguments
@@ -70,6 +71,9 @@ class Kernel:
         memory.size.value = self.packing.size
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if torch._C._cuda_getDevice() == self.device:
+            if self.device not in memory.devices:  # the driver, unlike the runtime, binds no context by itself, and this may be a thread's first call
+                self.set_device(self.device)
+                memory.devices.add(self.device)
             self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, 0, memory.address)
         else:
             with torch.cuda.device(self.device):
@@ -97,6 +101,9 @@ def workspace(device: int, floats: int) -> tuple[int, int, torch.Tensor | None]:
     Their own for each stream, because kernels of one stream follow each other, and not from torch's allocator, which may be filling the
     private pool of a CUDA graph at this moment; a captured graph, which may run anywhere, gets its own tensor.
     """
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return workspace(device, floats)
     if torch.cuda.is_current_stream_capturing():
         own = torch.zeros(COUNTERS + floats, dtype=torch.int32, device=f"cuda:{device}")
         return own.data_ptr(), own.data_ptr() + 4 * COUNTERS, own
@@ -105,8 +112,7 @@ def workspace(device: int, floats: int) -> tuple[int, int, torch.Tensor | None]:
     if size < floats:
         from cupy.cuda import runtime
         size = max(2 * floats, 1 << 18)
-        with torch.cuda.device(device):
-            address = runtime.malloc(4 * (COUNTERS + size))  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
-            runtime.memsetAsync(address, 0, 4 * COUNTERS, stream)
+        address = runtime.malloc(4 * (COUNTERS + size))  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
+        runtime.memsetAsync(address, 0, 4 * COUNTERS, stream)
         _workspaces[device, stream] = address, size
     return address, address + 4 * COUNTERS, None

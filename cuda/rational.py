@@ -37,12 +37,13 @@ def plan(kind: str, shape: tuple[int, ...], dim: int, a_rows: int, b_rows: int, 
     vectors = aligned and length % per_vector == 0
     length //= per_vector if vectors else 1
     period = groups * length
-    segments = period > 4096 and length >= 32
+    unit = period // math.gcd(period, threads)
+    segments = period > 4096 and (length >= 32 or unit > blocks * multiprocessors)
     low, high = sorted((threads, period))
     if kind == "forward" and vectors and not segments and high % low == 0:
         grid = math.ceil(outer * period / (TILE * high)) * (high // threads)
         return vectors, segments, grid, 0, outer, groups, length, TILE
-    unit = groups if segments else period // math.gcd(period, threads)
+    unit = groups if segments else unit
     grid = max(1, min(blocks * multiprocessors // unit, math.ceil(outer * period / (threads * unit)))) * unit
     return vectors, segments, grid, grid // groups if segments else grid, outer, groups, length, 0
 

@@ -88,6 +88,7 @@ HD void rational_backward(const float* grad, float* x, const Coefficients<M, N>&
 }
 
 // Degrees 5 and 4 in 38 instructions an element instead of 48: even and odd powers apart, so that the powers serve polynomials and sums alike.
+// x^4 is infinite for |x| > 4e9, also where its coefficient is 0.
 #define EACH _Pragma("unroll") for (int e = 0; e < W; e++)
 template <int W>
 HD void rational_backward(const float* grad, float* x, const Coefficients<5, 4>& c, float* sums) {

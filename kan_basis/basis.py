@@ -4,8 +4,6 @@ theta (..., P) broadcasts against x, so that one definition serves element-wise 
 edge-wise use (the attention of KArAt: theta[head, r, N] for every pair of an input and an output). A basis holds options, such as the degree, and
 no parameters.
 """
-import math
-
 import torch
 from torch import Tensor
 
@@ -70,7 +68,9 @@ def mean_square(f, width: float = 8.0, points: int = 4001) -> float:
 
 
 def check_positive(**values: int) -> None:
-    """Raises: ValueError that names the first value below 1."""
+    """Raises: ValueError that names the first value that is no integer from 1 on."""
     for name, value in values.items():
-        if value < 1 or not math.isfinite(value):
+        if not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer, not {value}")
+        if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")

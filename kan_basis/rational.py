@@ -104,7 +104,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
     if not x.is_meta and x.dtype is not torch.float64 and torch.is_autocast_enabled(device := "cuda" if x.is_cuda else x.device.type):
         x = x.to(torch.get_autocast_dtype(device))
     dim, path = channel_dim % x.ndim, _path(watched) if supported else "definition"
-    if path != "definition" and not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
+    if path != "definition" and torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
         return _forward_kernel(path)(x, numerator, denominator, dim)  # as below, without autograd's cost
     if watched and torch.onnx.is_in_onnx_export():
         return _evaluate(x, numerator, denominator, dim)

@@ -131,6 +131,8 @@ class KArAtMixin:
                  mixed_head: bool = False, universal: bool = False, modular_attn: bool = True, modular_mode: str = "phi1_w2",
                  project_l1: bool = False, basis_trainable: bool = True, base_trainable: bool = True, karat_blocks: str | list[int] | None = None,
                  karat_init: str = "published", karat_init_scale: float = 1.0, output_scale: str = "1", **kwargs) -> None:
+        if kwargs.get("patch_drop_rate") or kwargs.get("dynamic_img_size"):
+            raise ValueError("an operator is tied to its number of tokens: patch_drop_rate and dynamic_img_size cannot change it")
         super().__init__(*args, **{**kwargs, "attn_layer": KArAtAttention})
         blocks = parse_blocks(karat_blocks, len(self.blocks))
         total = self.blocks[0].attn.num_heads
@@ -150,6 +152,10 @@ class KArAtMixin:
         for block, block_grid, rank in zip(blocks, grids, ranks):
             own = self.karat if universal else operator(block_grid, rank)
             self.blocks[block].attn.set_operator(own, heads, shared=universal)
+
+
+    def set_input_size(self, *args, **kwargs) -> None:
+        raise ValueError("an operator is tied to its number of tokens: build the model with img_size and load the weights, which are resampled then")
 
 
 class KArAtViT(KArAtMixin, VisionTransformer):
@@ -188,10 +194,13 @@ def parse_blocks(blocks: str | list[int] | None, depth: int) -> list[int]:
     if blocks is None:
         return list(range(depth))
     try:
-        ranges = [tuple(map(int, part.split("-"))) for part in blocks.split(",")] if isinstance(blocks, str) else [(int(b),) for b in blocks]
-        chosen = sorted({b for first, *last in ranges for b in range(first, *[end + 1 for end in last or [first]])})
+        parts = [part.partition("-") for part in blocks.split(",")] if isinstance(blocks, str) else [(b, "", "") for b in blocks]
+        ranges = [(int(first), int(last if dash else first)) for first, dash, last in parts]
     except (ValueError, TypeError) as error:
         raise ValueError(f"karat_blocks must be like '0-3,11' or a list of numbers, not {blocks!r}") from error
+    chosen = sorted({block for first, last in ranges for block in range(first, last + 1)})
+    if any(first > last for first, last in ranges):
+        raise ValueError(f"karat_blocks {blocks!r} has a range that runs backwards")
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"karat_blocks {blocks!r} must name blocks from 0 to {depth - 1}")
     return chosen

@@ -59,8 +59,11 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Pa
     own = model.state_dict()
     try:
         resized = _resampled(model, weights, source, mode)
-    except CheckpointError:  # listed below as of another shape
-        resized = weights
+    except CheckpointError:  # what cannot be resampled is listed below as of another shape
+        try:
+            resized = _resampled(model, weights, source, None)
+        except CheckpointError:
+            resized = weights
     fit = {name: value for name, value in resized.items() if name in own and value.shape == own[name].shape}
     covered, total = (sum(value.numel() for value in values) for values in (fit.values(), own.values()))
     if covered < total / 100:
@@ -93,7 +96,7 @@ def _resampled(model: nn.Module, weights: dict[str, Tensor], source: str | Path,
             position, own = weights["pos_embed"], 0 if model.no_embed_class else model.num_prefix_tokens
             theirs = prefix_tokens(weights)
             weights["pos_embed"] = torch.cat([position[:, :min(own, theirs)], model.pos_embed[:, theirs:own].to(position).detach(), position[:, theirs:]], 1)
-        return checkpoint_filter_fn(resample_operators(weights, model, mode), model, adapt_layer_scale=True)
+        return checkpoint_filter_fn(resample_operators(weights, model, mode) if mode else weights, model, adapt_layer_scale=True)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{source}: it cannot be resampled to the model ({first_line(error)})") from error
 

@@ -1,7 +1,8 @@
 """Kolmogorov-Arnold operators for another number of tokens: their parameters have token axes, resampled as position embeddings are.
 
-The tokens stand for points of an image, so that the two sums over them, over q in Phi(A) and over n in sigma(A) V, have to keep their value when
-there are more of them: each is multiplied by N_old / N_new, folded into the parameters that carry the axis,
+Patches stand for points of an image, so that the two sums over them, over q in Phi(A) and over n in sigma(A) V, have to keep their value when there
+are more of them: the terms of patches are multiplied by P_old / P_new, those of the class token, of which there is one as before, are not. So an image
+whose every patch is split in equal ones gives the same result (but not behind the l1 projection). Folded into the parameters that carry the axis,
 
     sum over q    scale_base and scale_basis of the first layer, or project_in where W comes first
     sum over n    project_out, or scale_base and scale_basis of the last layer where there is none (at depth 1 the same ones again)
@@ -34,7 +35,7 @@ def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple
     old, new = ((g, g) if isinstance(g, int) else tuple(g) for g in (old_grid, new_grid))
     if old == new:
         return dict(state_dict)
-    ratio = (num_prefix_tokens + old[0] * old[1]) / (num_prefix_tokens + new[0] * new[1])
+    ratio = old[0] * old[1] / (new[0] * new[1])
     matches = {key: match for key in state_dict if (match := _KEY.fullmatch(key))}
     last = {}  # of each operator, its last layer
     for match in matches.values():
@@ -50,11 +51,10 @@ def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple
             axes += [outputs] * (int(number) == last[prefix] and f"{prefix}project_out" not in state_dict)
         for axis in axes:
             try:
-                resampled[key] = _resample(resampled[key], axis, old, new, num_prefix_tokens, mode, antialias)
+                scale = 1.0 if name == "coefficients" else ratio  # a function that is not linear is scaled outside
+                resampled[key] = _resample(resampled[key], axis, old, new, num_prefix_tokens, mode, antialias, scale)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-        if name != "coefficients":  # a function that is not linear is scaled outside
-            resampled[key] = resampled[key] * ratio ** len(axes)
     return resampled
 
 
@@ -81,12 +81,13 @@ def _tokens(state_dict: dict[str, Tensor]) -> int | None:
     return None
 
 
-def _resample(x: Tensor, axis: int, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool) -> Tensor:
-    """Along the token axis: `prefix` tokens as they are, then the patches of the grid, row by row."""
+def _resample(x: Tensor, axis: int, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool,
+              scale: float) -> Tensor:
+    """Along the token axis: `prefix` tokens as they are, then the patches of the grid, row by row, times `scale`."""
     if x.shape[axis] != prefix + old[0] * old[1]:
         raise ValueError(f"expected {prefix} + {old[0]} x {old[1]} tokens, not {x.shape[axis]}")
     rows = x.movedim(axis, -1)
     patches = rows[..., prefix:].reshape(1, -1, *old).to(torch.promote_types(x.dtype, torch.float32))
     options = dict(mode="nearest-exact") if mode == "nearest" else dict(mode=mode, antialias=antialias)
-    patches = F.interpolate(patches, size=new, **options).reshape(*rows.shape[:-1], -1).to(x.dtype)
+    patches = (F.interpolate(patches, size=new, **options) * scale).reshape(*rows.shape[:-1], -1).to(x.dtype)
     return torch.cat([rows[..., :prefix], patches], -1).movedim(-1, axis).contiguous()

@@ -245,7 +245,8 @@ def test_base_functions_are_looked_up():
 @pytest.mark.parametrize("options, message", [
     (dict(basis_type="Chebyshev"), "unknown basis 'Chebyshev'"), (dict(basis_type="wavelet", wavelet_type="haar"), "unknown wavelet 'haar'"),
     (dict(base_fn="os.system"), "unknown base_fn"), (dict(hidden_dim=0), "hidden_dim must be at least 1"), (dict(grid=0), "grid must be at least 1"),
-    (dict(karat_depth=0), "depth must be at least 1"), (dict(karat_blocks="0-4"), "from 0 to 3"), (dict(karat_blocks="first"), "like '0-3,11'"),
+    (dict(karat_depth=0), "depth must be at least 1"), (dict(karat_blocks="0-4"), "from 0 to 3"), (dict(karat_blocks="0-2-3"), "like '0-3,11'"), (dict(karat_blocks="3-1"), "backwards"),
+    (dict(grid=2.5), "grid must be an integer"), (dict(patch_drop_rate=0.5), "tied to its number of tokens"), (dict(karat_blocks="first"), "like '0-3,11'"),
     (dict(karat_blocks=""), "like '0-3,11'"), (dict(karat_blocks=[]), "from 0 to 3"), (dict(universal=True, grid=[1, 2, 3, 4]), "one value for a universal"),
     (dict(hidden_dim=[4, 5]), "each of the 4"), (dict(num_attention=1), "needs mixed_head"), (dict(mixed_head=True, num_attention=3), "from 1 to 2"),
     (dict(modular_mode="w2"), "unknown mode 'w2'"), (dict(output_scale="2"), "unknown output_scale"), (dict(karat_init="x"), "unknown init 'x'")])
@@ -255,9 +256,11 @@ def test_options_that_do_not_fit(options, message):
 
 
 def test_inputs_that_do_not_fit():
-    model = micro(dynamic_img_size=True)
+    model = micro()
     with pytest.raises(ValueError, match="built for 17 tokens, not 26"):
-        model(torch.randn(1, 3, 40, 40))
+        model.blocks[0].attn(torch.randn(1, 26, 64))
+    with pytest.raises(ValueError, match="build the model with img_size"):
+        model.set_input_size(40)
     with pytest.raises(ValueError, match="no mask"):
         model.blocks[0].attn(torch.randn(1, 17, 64), attn_mask=torch.ones(17, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match="operator of 1 heads"):

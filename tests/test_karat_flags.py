@@ -102,7 +102,8 @@ def test_mlp_options():
     ("--basis_type RationalBasis --grid 3", "not RationalBasis"), ("--wavelet_type dog", "--wavelet-type is for --basis-type WaveletBasis"),
     ("--rational_order 3 2", "--rational-order is for --basis-type RationalBasis"), ("--rational-version A", "--rational-version is for"),
     ("--modular_mode phi1_w2", "give both"), ("--depth 1 --modular_attn", "no place for a projection"), ("--depth 0", "depth must be at least 1"),
-    ("--hidden_dim 0", "hidden_dim must be at least 1"), ("--grid 0", "grid must be at least 1"), ("--num_attention 1", "num_attention needs mixed_head"),
+    ("--hidden_dim 0", "hidden_dim must be at least 1"), ("--depth 1 --hidden-dim 4", "--depth 1 has one"), ("--karat-init-scale 0", "must be positive"),
+    ("--grid 3 --model-kwargs grid=4", "give one of them"), ("--grid 0", "grid must be at least 1"), ("--num_attention 1", "num_attention needs mixed_head"),
     ("--mixed_head --num_attention 3", "from 1 to 2"), ("--karat-blocks 0-4", "from 0 to 3"), ("--karat-blocks x", "like '0-3,11'"),
     ("--model-kwargs depth=2 --karat-blocks 2", "from 0 to 1"), ("--grid 1 2", "each of the 4"), ("--universal --hidden_dim 1 2 3 4", "one value"),
     ("--basis-type Chebyshev", "invalid choice"), ("--wavelet_type haar --basis_type WaveletBasis", "invalid choice"),
@@ -141,7 +142,9 @@ def test_training_with_its_own_rate_and_logged_norms_and_resumed_without_flags(t
     assert call("--resume", "auto", "--output-dir", tmp_path, "--epochs", "2", "--device", "cpu") == 0
     assert [set(e) for e in log(tmp_path)] == [set(entry)] * 2 and json.loads((tmp_path / "args.json").read_text())["args"]["universal"] is True
     assert call("--resume", "auto", "--output-dir", tmp_path, "--epochs", "3", "--blockwise", "--device", "cpu") == 2
-    assert "does not fit the model" in capfd.readouterr().err
+    assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--base-fn", "nn.ReLU", "--device", "cpu") == 2
+    error = capfd.readouterr().err
+    assert "trained with --universal, not --blockwise: drop the flag" in error and "trained with --base-fn nn.SiLU, not --base-fn nn.ReLU" in error
     assert call("--finetune", tmp_path / "checkpoint.pth", "--epochs", "0", "--device", "cpu") == 0  # the model of the file, options and all
     assert "start anew" not in capfd.readouterr().out
 

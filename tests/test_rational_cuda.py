@@ -4,6 +4,7 @@ import importlib.util
 import math
 import shutil
 import subprocess
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,14 +106,15 @@ def test_arithmetic_on_the_host(host, degrees):
 
 
 def test_plans_cover_every_vector_once():
-
-    for shape, dim, a_rows, b_rows in CASES.values():
+    wide = [((64, 31713), 1, 1, 1023), ((64, 961, 25), 1, 1, 961), ((64, 1021, 15), 1, 1021, 1)]
+    for shape, dim, a_rows, b_rows in (*CASES.values(), *wide):
         for size in (2, 4):
             for aligned in (True, False):
                 for kind in ("forward", "backward"):
                     vectors, segments, grid, rows, outer, groups, length, tile = kernel.plan(kind, shape, dim % len(shape), a_rows, b_rows, size,
                                                                                              aligned, 132)
                     threads, period, total = kernel.CONFIG[kind][0], groups * length, outer * groups * length
+                    assert rows <= 4096 and rows * groups < 1 << 20  # little to sum up
                     assert outer * groups * length * (16 // size if vectors else 1) == torch.Size(shape).numel()
                     if segments:
                         assert grid % groups == 0 and rows == grid // groups
@@ -287,6 +289,31 @@ def test_streams_graphs_autocast_compile_and_export():
     torch.library.opcheck(torch.ops.kan.rational.default, (x, *(c.detach() for c in coefficients), 2), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.kan.rational_backward.default, (x, x, *(c.detach() for c in coefficients), 2),
                           test_utils=("test_schema", "test_faketensor"))
+
+
+@gpu
+def test_a_thread_whose_first_call_this_is():
+    """Everything is cached but the thread has no CUDA context yet."""
+    layer, x = GroupRational(8, num_channels=96).cuda(), torch.randn(4, 96, device="cuda")
+    with torch.no_grad():
+        want, found = layer(x), []
+        torch.cuda.synchronize()
+
+        def run():
+            with torch.no_grad():
+                found.append(layer(x))
+
+        for _ in range(2):
+            thread = threading.Thread(target=run)
+            thread.start(), thread.join()
+    assert len(found) == 2 and all(torch.equal(y, want) for y in found)
+
+
+@gpu
+def test_forward_mode_derivatives_are_refused():
+    layer, x = GroupRational(8, num_channels=96).cuda().requires_grad_(False), torch.randn(4, 96, device="cuda")
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
+        layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @gpu
