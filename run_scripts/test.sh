@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests. Arguments go to pytest: bash run_scripts/test.sh -k rational --runslow
+# Sets up the environment and runs the tests, two at a time. Arguments go to pytest, one at a time then: bash run_scripts/test.sh -k rational --runslow
 set -euo pipefail
 # shellcheck source=run_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait do not spin: on a busy machine that costs tenfold
-exec "$PYTHON" -m pytest -q "$@"
+[ $# -eq 0 ] || exec "$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q -n 2 --dist loadfile -m "not alone"
+exec "$PYTHON" -m pytest -q -m alone

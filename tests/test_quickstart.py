@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpg.tar.xz"
 
 
+@pytest.mark.alone
 def test_quickstart_reaches_97_percent_and_evaluates_to_the_same_figure(tmp_path):
     result = subprocess.run(["bash", str(ROOT / "run_scripts" / "quickstart.sh")], env={**os.environ, "OUT": str(tmp_path)},
                             capture_output=True, text=True)

@@ -189,6 +189,7 @@ def timed(fn, runs):
     return min(times)
 
 
+@pytest.mark.alone
 def test_compiled_agrees_exports_and_both_are_fast():
     """Bars: 4 times the oracle in eager mode, 12 times compiled, forward + backward, [8, 197, 768] float32 on the CPU."""
     layer = GroupRational()
