@@ -23,7 +23,7 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = {"cupy", "fvcore", "wandb"}  # everything runs without them
-MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where the module is not named like the package
+MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pytest-xdist": "xdist"}  # where the module is not named like the package
 CUPY = re.compile(r"cupy(-cuda\d+x|-rocm-[\d-]+)?")  # any wheel of CuPy will do: which one depends on torch's CUDA
 
 
