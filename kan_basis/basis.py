@@ -4,6 +4,8 @@ theta (..., P) broadcasts against x, so that one definition serves element-wise 
 edge-wise use (the attention of KArAt: theta[head, r, N] for every pair of an input and an output). A basis holds options, such as the degree, and
 no parameters.
 """
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,13 @@ def make_basis(name: str, **options) -> "Basis":
     if key not in BASES:
         raise ValueError(f"unknown basis '{name}'; there are: {', '.join(sorted(BASES))}")
     return BASES[key](**options)
+
+
+def make_basis_of(name: str, **options) -> "Basis":
+    """`make_basis` with those of the options that this basis knows: models have options for all of them."""
+    cls = BASES.get(name.removesuffix("Basis").lower())
+    known = inspect.signature(cls).parameters if cls else ()
+    return make_basis(name, **{option: value for option, value in options.items() if option in known})
 
 
 class Basis:

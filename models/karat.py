@@ -6,7 +6,6 @@ Everything else is timm's VisionTransformer, or KAT for the kat_*_karat names. A
 a model, parameters blocks.*.attn.operator.*) or to all blocks (universal: h operators, parameters karat.*).
 Source: KArAt (arXiv:2503.10632); mixed heads and a choice of blocks are options of this repository.
 """
-import inspect
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules import activation
 
 from kan_basis import layer as kan
-from kan_basis.basis import BASES, Basis, make_basis
+from kan_basis.basis import make_basis_of
 from models.kat import KAT
 from models.operator import KArAtOperator
 from models.vit import SIZES, build, model_cfg, register
@@ -140,8 +139,8 @@ class KArAtMixin:
         grids, ranks = (_per_block(name, value, len(blocks), universal) for name, value in (("grid", grid), ("hidden_dim", hidden_dim)))
 
         def operator(grid: int, hidden_dim: int) -> KArAtOperator:
-            basis = _basis(basis_type, grid=grid, order=order, grid_range=tuple(grid_range), wavelet=wavelet_type, degrees=tuple(rational_order),
-                           version=rational_version)
+            basis = make_basis_of(basis_type, grid=grid, order=order, grid_range=tuple(grid_range), wavelet=wavelet_type, degrees=tuple(rational_order),
+                                  version=rational_version)
             return KArAtOperator(
                 self.patch_embed.num_patches + self.num_prefix_tokens, heads, basis, hidden_dim, karat_depth, modular_attn, modular_mode,
                 base_function(base_fn), project_l1, karat_init, karat_init_scale, output_scale, base_trainable, basis_trainable,
@@ -225,12 +224,6 @@ def _per_block(name: str, value: int | list[int], count: int, universal: bool) -
     if len(value) != count:
         raise ValueError(f"{name} must have one entry for each of the {count} KArAt blocks, not {len(value)}")
     return list(value)
-
-
-def _basis(basis_type: str, **options) -> Basis:
-    cls = BASES.get(basis_type.removesuffix("Basis").lower())
-    known = inspect.signature(cls).parameters if cls else ()
-    return make_basis(basis_type, **{name: value for name, value in options.items() if name in known})
 
 
 def _karat(model_cls: type[VisionTransformer], name: str, size: str, pretrained: bool = False, **kwargs) -> VisionTransformer:

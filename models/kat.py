@@ -7,7 +7,6 @@ Everything else is timm's VisionTransformer. `kat_*` and `flash_kat_*` are one m
 names are the published ones (mlp.act1.weight_numerator (1, 6), mlp.act1.weight_denominator (8, 4), the same for act2).
 Source: Yang & Wang, Kolmogorov-Arnold Transformer, 2025 (arXiv:2409.10594); FlashKAT (arXiv:2505.13813).
 """
-import inspect
 import math
 from functools import partial
 
@@ -18,8 +17,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from kan_basis import BASES, GroupBasis, GroupRational, group_basis, make_basis, rational
-from kan_basis.basis import Basis
+from kan_basis import GroupBasis, GroupRational, group_basis, rational
+from kan_basis.basis import Basis, make_basis_of
 from models.vit import SIZES, build, model_cfg, register
 
 INITS = ("released", "variance_preserving")
@@ -87,12 +86,8 @@ class GRKANMlp(nn.Module):
 
 
 def _mlp_basis(name: str, **options) -> Basis | None:
-    """The basis called `name` with those of the options that it knows; None for rationals, whose activation is GroupRational."""
-    key = name.removesuffix("Basis").lower()
-    if key == "rational":
-        return None
-    known = inspect.signature(BASES[key]).parameters if key in BASES else ()
-    return make_basis(name, **{option: value for option, value in options.items() if option in known})
+    """None for rationals, whose activation is GroupRational."""
+    return None if name.removesuffix("Basis").lower() == "rational" else make_basis_of(name, **options)
 
 
 def variance_gain(act: GroupRational | GroupBasis) -> float:
