@@ -19,7 +19,6 @@ TILE = 4  # rows of a tile
 TEAM = 64  # blocks whose sums are summed first, where there are more than 512
 
 
-
 def supports(shape: tuple[int, ...], dtype: torch.dtype, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> bool:
     """Whether the kernels take valid arguments of these shapes: 32 or 16 bits, degrees up to 8, at most 16 GiB, at most 1,024 functions."""
     return (dtype in TYPES and a_shape[1] <= MAX_DEGREE + 1 and b_shape[1] <= MAX_DEGREE and math.prod(shape) * dtype.itemsize < 1 << 34

@@ -47,8 +47,17 @@ class Basis:
     linear = False  # in its coefficients: phi(x; theta) = sum_k features(x)_k theta_k
 
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
-        """phi(x; theta): x (...), theta (..., P), broadcast against each other without P; the dtype of x and theta promoted."""
-        return (self.features(x) * theta).sum(-1)
+        """phi(x; theta): x (...), theta (..., P), broadcast against each other without P; the dtype of x and theta promoted.
+
+        Raises: ValueError if theta does not end in P coefficients.
+        """
+        self.check(theta)
+        return (self.features(x) * theta).sum(-1).to(torch.promote_types(x.dtype, theta.dtype))
+
+    def check(self, theta: Tensor) -> None:
+        """Raises: ValueError if theta does not end in P coefficients."""
+        if theta.shape[-1] != self.num_coefficients:
+            raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
 
     def features(self, x: Tensor) -> Tensor:
         """(...) -> (..., P), linear bases only."""
@@ -74,6 +83,13 @@ def mean_square(f, width: float = 8.0, points: int = 4001) -> float:
     y = f(x)
     weights = density.reshape(-1, *[1] * (y.ndim - 1))
     return ((weights * y * y).sum(0) / density.sum()).mean().item()
+
+
+def check_init(init: str, fan_in: int = 1) -> None:
+    """Raises: ValueError for an unknown init or fan_in < 1."""
+    if init not in INITS:
+        raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
+    check_positive(fan_in=fan_in)
 
 
 def check_positive(**values: int) -> None:

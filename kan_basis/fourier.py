@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from kan_basis.basis import INITS, Basis, check_positive, register
+from kan_basis.basis import Basis, check_init, check_positive, register
 
 
 @register("fourier")
@@ -26,12 +26,6 @@ class FourierBasis(Basis):
     def __init__(self, grid: int = 3) -> None:
         check_positive(grid=grid)
         self.grid, self.num_coefficients = grid, 2 * grid
-
-    def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
-        """Raises: ValueError if theta does not end in P coefficients."""
-        if theta.shape[-1] != self.num_coefficients:
-            raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
-        return super().__call__(x, theta).to(torch.promote_types(x.dtype, theta.dtype))
 
     def features(self, x: Tensor) -> Tensor:
         """cos x .. cos(G x), sin x .. sin(G x): (...) -> (..., 2 G), float32 at least.
@@ -53,7 +47,5 @@ class FourierBasis(Basis):
 
         Raises: ValueError for an unknown init or fan_in < 1.
         """
-        if init not in INITS:
-            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
-        check_positive(fan_in=fan_in)
+        check_init(init, fan_in)
         return theta.normal_(std=1.0 if init == "published" else 1 / math.sqrt(self.grid * fan_in))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kan_basis.basis import INITS, Basis, check_positive
+from kan_basis.basis import Basis, check_init, check_positive
 
 MAX_FEATURES = 1 << 24  # elements of the features that one chunk of rows builds
 MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
@@ -57,8 +57,7 @@ class KANLayer(nn.Module):
                  device=None, dtype=None) -> None:
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features, num_heads=num_heads)
-        if init not in INITS:
-            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
+        check_init(init)
         self.in_features, self.out_features, self.num_heads = in_features, out_features, num_heads
         self.basis, self.base_fn, self.init, self.init_scale = basis, base_fn, init, init_scale
         shape = num_heads, out_features, in_features

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kan_basis.basis import INITS, Basis, check_positive, mean_square, register
+from kan_basis.basis import Basis, check_init, mean_square, register
 
 VERSIONS = ("A", "B")
 
@@ -39,8 +39,7 @@ class RationalBasis(Basis):
 
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
         """Raises: ValueError if theta does not end in P coefficients."""
-        if theta.shape[-1] != self.num_coefficients:
-            raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
+        self.check(theta)
         dtype = torch.promote_types(x.dtype, theta.dtype)
         x, theta = (t.to(torch.promote_types(dtype, torch.float32)) for t in (x, theta))
         a, b = theta.tensor_split([self.degrees[0] + 1], -1)
@@ -54,9 +53,7 @@ class RationalBasis(Basis):
         at work; M = E[sum_i x^2i / E[x^2i] / Q(x)^2] makes the variance 1. It is finite because Q >= 1.
         Raises: ValueError for an unknown init or fan_in < 1.
         """
-        if init not in INITS:
-            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
-        check_positive(fan_in=fan_in)
+        check_init(init, fan_in)
         theta.normal_()
         if init == "scaled":
             m, n = self.degrees

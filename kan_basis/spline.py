@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kan_basis.basis import INITS, Basis, check_positive, mean_square, register
+from kan_basis.basis import Basis, check_init, check_positive, mean_square, register
 
 REFIT_POINTS = 32  # per cell
 
@@ -38,12 +38,6 @@ class SplineBasis(Basis):
             raise ValueError(f"grid_range must be finite and increasing, not {tuple(grid_range)}")
         self.grid, self.order, self.grid_range, self.num_coefficients = grid, order, (lo, hi), grid + order
 
-    def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
-        """Raises: ValueError if theta does not end in P coefficients."""
-        if theta.shape[-1] != self.num_coefficients:
-            raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
-        return super().__call__(x, theta).to(torch.promote_types(x.dtype, theta.dtype))
-
     def features(self, x: Tensor) -> Tensor:
         """B_1(x) .. B_P(x): (...) -> (..., G + k), float32 at least.
 
@@ -67,9 +61,7 @@ class SplineBasis(Basis):
 
         Raises: ValueError for an unknown init, fan_in < 1, or scaled on a grid that x ~ N(0, 1) does not reach.
         """
-        if init not in INITS:
-            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
-        check_positive(fan_in=fan_in)
+        check_init(init, fan_in)
         if init == "published":
             return theta.normal_()
         energy = self.num_coefficients * mean_square(self.features)

@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from kan_basis.basis import INITS, Basis, check_positive, mean_square, register
+from kan_basis.basis import Basis, check_init, mean_square, register
 
 MIN_SCALE = 1e-2  # smallest |s| that is divided by
 FAR = 64.0  # every psi is 0 from here on, in float64 too: exp(-64^2 / 2) underflows
@@ -115,8 +115,7 @@ class WaveletBasis(Basis):
 
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
         """Raises: ValueError if theta does not end in 3 coefficients."""
-        if theta.shape[-1] != 3:
-            raise ValueError(f"theta must have 3 coefficients in its last dimension, not {tuple(theta.shape)}")
+        self.check(theta)
         dtype = torch.promote_types(x.dtype, theta.dtype)
         x, theta = (t.to(torch.promote_types(dtype, torch.float32)) for t in (x, theta))
         w, tau, s = theta.unbind(-1)
@@ -130,9 +129,7 @@ class WaveletBasis(Basis):
 
         Raises: ValueError for an unknown init or fan_in < 1.
         """
-        if init not in INITS:
-            raise ValueError(f"unknown init '{init}'; there are: {', '.join(INITS)}")
-        check_positive(fan_in=fan_in)
+        check_init(init, fan_in)
         w, tau, s = theta.unbind(-1)
         w.normal_(std=1.0 if init == "published" else 1 / math.sqrt(fan_in * mean_square(WAVELETS[self.wavelet])))
         tau.zero_()
