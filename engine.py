@@ -57,7 +57,7 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
     device, steps = world.device, len(loader)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     first_bad = torch.full((), -1, dtype=torch.long, device=device)
-    images_seen, logged, start = 0, (0, time.perf_counter()), time.perf_counter()
+    images_seen, logged, start = 0, (0, 0.0, time.perf_counter()), time.perf_counter()
     title = f"epoch {epoch + 1}/{epochs}"
     bar = _progress_bar(steps, title) if world.is_main and sys.stdout.isatty() else None
     run.optimizer.zero_grad(set_to_none=True)
@@ -86,10 +86,11 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
             _update(run, args)
         if (step + 1) % args.print_freq == 0 or step + 1 == steps:
             _stop_if_not_finite(first_bad, epoch, world)
-            now = time.perf_counter()
-            rate = (images_seen - logged[0]) * world.world_size / (now - logged[1])
-            logged = images_seen, now
-            message = f"loss {loss_sum.item() / images_seen:.4f}  lr {run.optimizer.param_groups[0]['lr']:.2e}  {rate:.0f} images/s"
+            now = images_seen, loss_sum.item(), time.perf_counter()
+            images, losses, seconds = (new - old for new, old in zip(now, logged))
+            logged = now
+            message = (f"loss {losses / images:.4f} (mean {now[1] / images_seen:.4f})  lr {run.optimizer.param_groups[0]['lr']:.2e}  "
+                       f"{images * world.world_size / seconds:.0f} images/s")
             if run.grad_norms is not None:
                 message += "  grad norms " + "  ".join(f"{kind} {norm:.2e}" for kind, norm in run.grad_norms.last().items())
             if bar and step + 1 < steps:

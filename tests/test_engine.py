@@ -1,3 +1,4 @@
+import re
 import types
 
 import pytest
@@ -53,6 +54,19 @@ def test_loss_is_averaged_over_images_not_batches():
     stats, _ = train_one_epoch(training(model, lr=0.0), uneven, 0, 1, args(), ALONE)
     x, y = torch.cat([x for x, _ in uneven]), torch.cat([y for _, y in uneven])
     assert stats["train_loss"] == pytest.approx(nn.functional.cross_entropy(model(x), y).item(), rel=1e-6)
+
+
+def test_log_lines_show_the_loss_since_the_last_one_and_of_the_epoch(capsys):
+    class Criterion(nn.Module):
+        calls = 0
+
+        def forward(self, outputs, targets):
+            self.calls += 1
+            return outputs.mean() * 0 + self.calls
+
+    train_one_epoch(training(nn.Linear(4, 3), Criterion()), batches(4, 2) + batches(1, 6), 0, 1, args(), ALONE)
+    assert re.findall(r"loss [^ ]+ \(mean [^ ]+\)", capsys.readouterr().out) == \
+        ["loss 1.5000 (mean 1.5000)", "loss 3.5000 (mean 2.5000)", "loss 5.0000 (mean 3.5714)"]
 
 
 @pytest.mark.parametrize("bad_step", [0, 3, 6])
