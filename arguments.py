@@ -295,6 +295,8 @@ def _check(a: Arguments) -> None:
         (a.run_id and not a.run_name, "--run-id needs --run-name"),
         (a.compile_mode != "default" and not (a.compile or a.eval), "--compile-mode needs --compile"),
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
+        (a.distillation_type != "none" and not a.eval and ":" not in a.teacher_path and not os.path.isfile(a.teacher_path),
+         f"--teacher-path: there is no checkpoint {a.teacher_path}"),
         (a.model_ema_decay is not None and not a.model_ema, "--model-ema-decay and --no-model-ema do not go together"),
         (a.no_aug and (a.three_augment or a.src), "--no-aug does not go together with --three-augment or --src"),
         (a.sched == "plateau" and a.sched_on_updates, "--sched plateau steps on epochs: drop --sched-on-updates"),

@@ -1,7 +1,8 @@
 """Time and peak memory of a training step or of inference, several models side by side.
 
     python benchmarks/train_step.py vit_tiny_patch16_224 kat_tiny_patch16_224 --batch-size 256 --compile [--inference] [--out rows.jsonl]
-The first model is what the others are compared with.
+    python benchmarks/train_step.py vit_tiny_patch16_224 vit_tiny_patch16_224_karat,universal=True,grid=5 --batch-size 32
+The first model is what the others are compared with. Options of a model follow its name.
 """
 import argparse
 
@@ -9,15 +10,24 @@ import common
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import ParseKwargs
 
 import models  # noqa: F401
 from kan_basis.rational import KERNELS, use_kernel
 
 
+def build(model: str, input_size: int) -> torch.nn.Module:
+    """The model of "NAME,KEY=VALUE,..."; values as --model-kwargs of main.py takes them."""
+    name, *pairs = model.split(",")
+    given = argparse.Namespace()
+    ParseKwargs([], "kwargs")(None, given, pairs)
+    return timm.create_model(name, img_size=input_size, **given.kwargs)
+
+
 def measure(name: str, options: argparse.Namespace) -> dict:
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=options.input_size).cuda().train(not options.inference)
+    model = build(name, options.input_size).cuda().train(not options.inference)
     images = torch.randn(options.batch_size, 3, options.input_size, options.input_size, device="cuda")
     targets = torch.randint(1000, (options.batch_size,), device="cuda")
     forward = torch.compile(model, mode=options.compile_mode) if options.compile else model
@@ -47,7 +57,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="timm names; ours are among them")
+    parser.add_argument("models", nargs="+", metavar="MODEL[,KEY=VALUE...]", help="timm names, ours among them, with options of the model")
     parser.add_argument("--batch-size", type=int, default=256, help="images")
     parser.add_argument("--input-size", type=int, default=224, help="pixels")
     parser.add_argument("--amp", default="bf16", choices=["bf16", "fp16", "off"], help="precision")
