@@ -294,6 +294,8 @@ def _check(a: Arguments) -> None:
         (a.save_every and not a.output_dir and not a.eval, "--save-every needs --output-dir"),
         (a.run_id and not a.run_name, "--run-id needs --run-name"),
         (a.compile_mode != "default" and not (a.compile or a.eval), "--compile-mode needs --compile"),
+        (a.compile and a.compile_mode != "default" and a.grad_accum_steps > 1, f"--compile-mode {a.compile_mode} keeps gradients in the memory of a CUDA "
+         "graph, where the next of --grad-accum-steps overwrites them: use --compile-mode default"),
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
         (a.distillation_type != "none" and not a.eval and ":" not in a.teacher_path and not os.path.isfile(a.teacher_path),
          f"--teacher-path: there is no checkpoint {a.teacher_path}"),
