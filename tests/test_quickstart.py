@@ -24,7 +24,7 @@ def test_quickstart_reaches_97_percent_and_evaluates_to_the_same_figure(tmp_path
     assert evaluated == [(best, weights)] and float(best) >= 97
     for name in ("best_checkpoint.pth", "log.txt", "curves.png"):
         assert str(tmp_path / name) in result.stdout and (tmp_path / name).stat().st_size > 0
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 30
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 40
     assert sum(json.loads(line)["train_seconds"] for line in (tmp_path / "speed.txt").read_text().splitlines()) <= 180
 
 
