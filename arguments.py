@@ -231,8 +231,8 @@ def get_args_parser() -> Parser:
 def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     """Parse and check the command line. `load(args)` reads the checkpoint that --resume or --finetune names, whose settings become the defaults.
 
-    Of a foreign checkpoint only those of the model and its images; of the one that --finetune names only the model and its image size, and
-    only where --model is not given.
+    Of a foreign checkpoint only those of the model and its images; of the one that --finetune names only the model, its options, unless --model
+    names another, and where --model is not given its image size.
 
     Returns: the frozen arguments and the checkpoint, if any.
     Raises: UserError, one sentence, for flags that contradict each other.
@@ -255,7 +255,7 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if first.eval else set())
         theirs = checkpoint.get("args") or {}
         if checkpoint.get("finetune"):
-            theirs = {} if first.model else {key: theirs[key] for key in ("model", "model_kwargs", "input_size", *kan_options.MODEL_FLAGS) if key in theirs}
+            theirs = kan_options.to_start_from(theirs, first)
         elif checkpoint.get("foreign") and not first.model and "model" not in theirs:
             raise UserError(f"{first.resume} does not say which model it is of: name it with --model")
         elif checkpoint.get("foreign") and (cfg := timm.get_pretrained_cfg(theirs.get("model") or first.model or "", allow_unregistered=True)):
@@ -271,9 +271,9 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
     args.pretrained = args.pretrained and not args.finetune  # KAT's scripts give --pretrained-path and --pretrained together
     if args.log_wandb and not args.run_name:
         args.run_name = os.path.basename(os.path.abspath(args.output_dir)) if args.output_dir else args.model
-    _check(args)
     if checkpoint is not None and not checkpoint.get("foreign") and not checkpoint.get("finetune"):
         kan_options.check_unchanged(args, theirs)
+    _check(args)
     return args.freeze(), checkpoint
 
 
@@ -303,6 +303,7 @@ def _check(a: Arguments) -> None:
         (a.no_aug and (a.three_augment or a.src), "--no-aug does not go together with --three-augment or --src"),
         (a.sched == "plateau" and a.sched_on_updates, "--sched plateau steps on epochs: drop --sched-on-updates"),
         (a.sched == "plateau" and a.eval_every != 1, "--sched plateau needs an evaluation every epoch: drop --eval-every"),
+        (a.attn_lr is not None and a.lr == 0, "--attn-lr is scheduled in proportion to --lr, which must be positive"),
         (a.init and "kat_" not in a.model, f"--init is for KAT models, not {a.model}"),
         (mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
         (a.opt == "adahessian" and "kat_" in a.model, "--opt adahessian needs second derivatives, which the rational functions do not have"),

@@ -21,19 +21,20 @@ def kind(name: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if pattern.search(name))
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float, decay_functions: bool, karat_lr: float | None = None) -> list[dict]:
+def optimizer_groups(model: nn.Module, weight_decay: float, decay_functions: bool, karat_lr_scale: float | None = None) -> list[dict]:
     """Weight decay on matrices; none on biases, norms, embeddings, nor (unless `decay_functions`) on learned functions.
 
-    With `karat_lr` the operators of Kolmogorov-Arnold attention are groups of their own, behind the others, with this learning rate.
+    With `karat_lr_scale` the operators of Kolmogorov-Arnold attention are groups of their own, behind the others, whose learning rate is at all times
+    so many times that of the others: timm's schedulers multiply by a group's lr_scale.
     """
     no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if not decay_functions:
         no_decay |= {name for name, _ in model.named_parameters() if is_function(name)}
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_decay)
-    if karat_lr is None:
+    if karat_lr_scale is None:
         return groups
     operators = {id(p) for name, p in model.named_parameters() if kind(name) == "karat"}
-    split = [{**group, "params": [p for p in group["params"] if (id(p) in operators) == own], **({"lr": karat_lr} if own else {})}
+    split = [{**group, "params": [p for p in group["params"] if (id(p) in operators) == own], **({"lr_scale": karat_lr_scale} if own else {})}
              for own in (False, True) for group in groups]
     return [group for group in split if group["params"]]
 

@@ -15,7 +15,8 @@ from kan_basis.basis import INITS as KARAT_INITS
 from kan_basis.pade import VERSIONS
 from kan_basis.rational import KERNELS
 from kan_basis.wavelet import WAVELETS
-from models.kat import INITS
+from models.karat import KArAtMixin
+from models.kat import INITS, KATMixin
 from models.operator import MODES, OUTPUT_SCALES
 from models.resample import INTERPOLATIONS
 from utils import UserError, first_line
@@ -73,7 +74,7 @@ def add_arguments(p: ArgumentParser) -> None:
     g.add_argument("--karat-init", choices=KARAT_INITS, help="initialisation: published, all coefficients ~ N(0, 1); scaled, sigma(A) V starts with the "
                    "variance of V (default: published)")
     g.add_argument("--karat-init-scale", type=float, metavar="C", help="sigma(A) starts so many times as large (default: 1)")
-    g.add_argument("--attn-lr", type=float, help="learning rate of the operators, scaled and scheduled as --lr (default: --lr)")
+    g.add_argument("--attn-lr", type=float, help="learning rate of the operators, scaled as --lr and at all times in the same proportion to it; 0 freezes them (default: --lr)")
     g.add_argument("--karat-resample", default="bicubic", choices=INTERPOLATIONS, help="interpolation of the operators of a file for another image or "
                    "patch size")
 
@@ -93,12 +94,60 @@ def add_arguments(p: ArgumentParser) -> None:
 
 def model_options(a: Namespace) -> dict:
     """What the given flags mean to the model's constructor; nothing for flags that were not given."""
-    options = {option: _value(flag, getattr(a, flag)) for flag, option in (ATTENTION | MLP).items() if getattr(a, flag) is not None}
-    if a.depth is not None and a.modular_attn is None:
-        options["modular_attn"] = False
+    options = _options({flag: getattr(a, flag) for flag in MODEL_FLAGS})
     if "flash_kat" in a.model:
         options = {FLASH_KAT.get(option, option): value for option, value in options.items()}
     return options
+
+
+def _options(flags: dict) -> dict:
+    options = {option: _value(flag, flags[flag]) for flag, option in (ATTENTION | MLP).items() if flags.get(flag) is not None}
+    if flags.get("depth") is not None and flags.get("modular_attn") is None:
+        options["modular_attn"] = False
+    return options
+
+
+def to_start_from(theirs: dict, given: Namespace) -> dict:
+    """Of the settings of a file to fine-tune those that the model takes over: all that describe it, unless the flags given name another.
+
+    A basis that is given comes without the options of the file's.
+    """
+    if given.model not in (None, theirs.get("model")):
+        return {}
+    keys = ["model", "model_kwargs", *MODEL_FLAGS, *["input_size"] * (given.model is None)]
+    for chosen, flags, default in (("basis_type", BASIS, "FourierBasis"), ("mlp_basis", MLP_BASIS, "rational")):
+        if getattr(given, chosen) not in (None, theirs.get(chosen) or default):
+            keys = [key for key in keys if key not in flags]
+    return {key: theirs[key] for key in keys if key in theirs}
+
+
+def differences(settings: dict, theirs: dict) -> list[str]:
+    """Where the functions of two models differ, by flags and model_kwargs: "without --grid 5", "with --universal, not --blockwise".
+
+    What settings do not say is the default of the model's constructor. Attention and MLP count where both models have such a part.
+    """
+    (own, given), (trained, was) = map(_in_force, (settings, theirs))
+    options = [option for part, group in (("karat", ATTENTION), ("kat_", MLP)) if part in settings["model"] and part in theirs["model"]
+               for option in group.values() if own[option] != trained[option]]
+    words = [(f"with {was[o]}, not {given[o]}" if o in given else f"with {was[o]}") if o in was else f"without {given[o]}" for o in options]
+    return list(dict.fromkeys(words))
+
+
+def _in_force(settings: dict) -> tuple[dict, dict[str, str]]:
+    """The options of the functions that settings amount to, and how those that they do say are written."""
+    defaults = {name: p.default for cls in (KArAtMixin, KATMixin) for name, p in inspect.signature(cls.__init__).parameters.items()
+                if name in (ATTENTION | MLP).values()}
+    own_name = {value: key for key, value in FLASH_KAT.items()} if "flash_kat" in settings["model"] else {}
+    kwargs = {own_name.get(key, key): value for key, value in (settings.get("model_kwargs") or {}).items()}
+    kwargs = {option: value for option, value in kwargs.items() if option in defaults}
+    written = {option: _words(flag, settings[flag]) for flag, option in (ATTENTION | MLP).items() if settings.get(flag) is not None}
+    if settings.get("depth") is not None:
+        written.setdefault("modular_attn", written["karat_depth"])
+    written |= {option: f"--model-kwargs {option}={value}" for option, value in kwargs.items()}
+    options = defaults | _options(settings) | kwargs
+    for option in ("basis_type", "mlp_basis"):
+        options[option] = options[option].removesuffix("Basis").lower()
+    return {option: list(value) if isinstance(value, (tuple, list)) else value for option, value in options.items()}, written
 
 
 def check(a: Namespace) -> None:
@@ -131,11 +180,8 @@ def check(a: Namespace) -> None:
 
 def check_unchanged(a: Namespace, theirs: dict) -> None:
     """Raises: UserError for a flag that would make another model than the one that a checkpoint of ours, with settings `theirs`, is of."""
-    for flag in MODEL_FLAGS:
-        given, trained = (list(v) if isinstance(v, tuple) else v for v in (getattr(a, flag), theirs.get(flag)))
-        if flag in theirs and given != trained:
-            was = "without" if trained is None else f"with {_words(flag, trained)}, not"
-            raise UserError(f"the checkpoint was trained {was} {_words(flag, given)}: drop the flag")
+    for difference in differences(vars(a), {"model": a.model, **theirs}):
+        raise UserError(f"the checkpoint was trained {difference}: drop the flag")
 
 
 def _words(flag: str, value) -> str:

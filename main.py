@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
@@ -29,9 +28,10 @@ from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from groups import GradNorms, optimizer_groups
 from kan_basis.rational import use_kernel
+from kan_options import differences
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
-from models.build import build_model, freeze_all_but_attention, outputs_of
+from models.build import build_model, build_teacher, freeze_all_but_attention, outputs_of
 from models.load import choose, known_best, load_all, load_matching
 from samplers import ExactEvalBatchSampler, train_sampler
 from transforms import DeviceLoader, build_loader
@@ -103,6 +103,8 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
     elif start is not None:
         chosen, which = choose(start, args.use_ema)
         world.log(*load_matching(model, chosen, f"{args.finetune} ({which} weights)", args.karat_resample), sep="\n")
+        if theirs := start.get("args", {}).get("model") and differences(vars(args), start["args"]):
+            world.log(f"note: unlike this model, that of {args.finetune} was trained {'; '.join(theirs)}")
         start.clear()  # its memory
     if args.attn_only:
         freeze_all_but_attention(model)
@@ -241,7 +243,7 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
               f"{args.grad_accum_steps} accumulated)" + ("" if attn_lr is None else f"; of the operators {attn_lr:g}"))
     fused = {"fused": True} if args.opt == "adamw" and world.device.type == "cuda" else {}
     try:
-        groups = optimizer_groups(model, args.weight_decay, args.decay_rational, attn_lr)
+        groups = optimizer_groups(model, args.weight_decay, args.decay_rational, None if attn_lr is None else attn_lr / lr)
         optimizer = create_optimizer_v2(groups, opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum, **fused,
                                         **{k: v for k, v in (("eps", args.opt_eps), ("betas", args.opt_betas)) if v is not None})
     except (TypeError, ValueError, AssertionError, RuntimeError, ImportError, IndexError) as error:
@@ -259,6 +261,9 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
             updates_per_epoch=updates_per_epoch)
         if args.sched != "plateau" or args.warmup_epochs:  # timm's plateau would start at --warmup-lr and stay there
             scheduler.step(0)
+    if scheduler is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     mixup = None
     if mixing(args):
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
@@ -289,9 +294,7 @@ def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: 
         return criterion
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
-    teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
-    load_all(teacher, choose(weights.read(args.teacher_path), None)[0], args.teacher_path)
-    return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return DistillationLoss(criterion, build_teacher(args, num_classes), args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 
 def evaluate_epoch(training: Training, loader: DeviceLoader, epoch: int, entry: dict, world: World) -> bool:

@@ -5,6 +5,7 @@
 A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other is evaluated in chunks,
 and once more in the backward pass, so that nothing of size rows x outputs x inputs ever exists.
 """
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kan_basis.basis import Basis, check_init, check_positive
+from kan_basis.basis import Basis, check_init, check_positive, mean_square
 
 MAX_FEATURES = 1 << 24  # elements of the features that one chunk of rows builds
 MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
@@ -23,7 +24,10 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim:
     """function(*tensors) in chunks of at most `size` along `dim`, the results put together along it, recomputed in the backward pass.
 
     Only the tensors are kept for the backward pass. `keep_rng`: the function draws random numbers, the same again when recomputed.
+    Exported, it is one chunk: a graph for any batch cannot have a number of them.
     """
+    if getattr(torch.compiler, "is_exporting", lambda: False)():  # from torch 2.7 on
+        return function(*tensors)
     length = tensors[0].shape[dim]
     size = math.ceil(length / math.ceil(length / max(1, size))) if length else 1  # chunks of about one length
     chunks = zip(*(t.split(size, dim) for t in tensors))
@@ -42,8 +46,8 @@ class KANLayer(nn.Module):
         basis: the family of functions, P coefficients each.
         base_fn: b, an element-wise module, or None for b = 0; then `scale_base` exists all the same, as in the published counts,
             and is frozen, since its gradient is 0.
-        init: "published", the basis's own; "scaled", the basis part of out_p has variance 1 for x ~ N(0, 1), and scale_base starts
-            at 1 / sqrt(N) instead of 1.
+        init: "published", the basis's own, and scale_base 1; "scaled", out_p has variance 1 for x ~ N(0, 1). Where there is a base
+            function, half of it is b's: scale_base ~ N(0, 1 / (2 N E[b(x)^2])), because equal ones would add up what b is on average.
         init_scale: both scales, hence the outputs, start that many times as large.
         base_trainable, basis_trainable: False freezes scale_base and the parameters of b, or coefficients and scale_basis.
     Parameters: coefficients (h, r, N, P), scale_base (h, r, N), scale_basis (h, r, N): N r (P + 2) a head.
@@ -73,9 +77,14 @@ class KANLayer(nn.Module):
     def reset_parameters(self) -> None:
         if self.coefficients.is_meta:
             return
-        self.basis.reset_(self.coefficients, self.init, fan_in=self.in_features)
+        fan_in = self.in_features * (1 if self.base_fn is None else 2)
+        self.basis.reset_(self.coefficients, self.init, fan_in)
         self.scale_basis.fill_(self.init_scale)
-        self.scale_base.fill_(self.init_scale / (math.sqrt(self.in_features) if self.init == "scaled" else 1))
+        if self.init == "scaled" and self.base_fn is not None:
+            energy = mean_square(copy.deepcopy(self.base_fn).to("cpu", torch.float64))
+            self.scale_base.normal_(std=self.init_scale / math.sqrt(fan_in * energy) if energy else 0.0)
+        else:
+            self.scale_base.fill_(self.init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         B, h, M, N = x.shape
@@ -85,8 +94,13 @@ class KANLayer(nn.Module):
         rows = x.transpose(0, 1).reshape(h, B * M, N)
         out = self._linear(rows) if self.basis.linear else self._edges(rows)
         if self.base_fn is not None:
-            out = out + torch.bmm(self.base_fn(rows).to(x.dtype), self.scale_base.to(x.dtype).mT)
+            out = out + torch.bmm(self._base(rows), self.scale_base.to(x.dtype).mT)
         return out.reshape(h, B, M, self.out_features).transpose(0, 1)
+
+    def _base(self, rows: Tensor) -> Tensor:
+        """b in the dtype of the rows, whatever its parameters have."""
+        parameters = {name: p.to(rows.dtype) for name, p in self.base_fn.named_parameters()}
+        return torch.func.functional_call(self.base_fn, parameters, (rows,)) if parameters else self.base_fn(rows)
 
     def _linear(self, rows: Tensor) -> Tensor:
         weight = (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).flatten(2).mT  # (h, N P, r)

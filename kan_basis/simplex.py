@@ -23,5 +23,5 @@ def project_l1(x: Tensor) -> Tensor:
         inside = x - top > excess.gather(-1, last) / (last + 1)
     x = x - top
     # S counted again: entries that equal tau up to rounding may be in or out, but alike in the sum and in |S|
-    tau = ((x * inside).sum(-1, keepdim=True) - 1) / inside.sum(-1, keepdim=True)
+    tau = (torch.where(inside, x, 0).sum(-1, keepdim=True) - 1) / inside.sum(-1, keepdim=True)
     return (x - tau).clamp_min(0)

@@ -93,7 +93,7 @@ class KArAtAttention(Attention):
         if h < self.num_heads:
             heads.append(F.scaled_dot_product_attention(q[:, h:], k[:, h:], v[:, h:], dropout_p=self.attn_drop.p if self.training else 0.0))
         out = torch.cat([head.to(v.dtype) for head in heads], 1) if len(heads) > 1 else heads[0]
-        out = self.norm(out.transpose(1, 2).reshape(B, N, -1))
+        out = self.norm(out.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(out if gate is None else out * gate(x).sigmoid()))
 
     def apply_operator(self, operator: KArAtOperator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -151,7 +151,6 @@ class KArAtMixin:
         for block, block_grid, rank in zip(blocks, grids, ranks):
             own = self.karat if universal else operator(block_grid, rank)
             self.blocks[block].attn.set_operator(own, heads, shared=universal)
-
 
     def set_input_size(self, *args, **kwargs) -> None:
         raise ValueError("an operator is tied to its number of tokens: build the model with img_size and load the weights, which are resampled then")

@@ -267,13 +267,22 @@ def test_inputs_that_do_not_fit():
         attention(operator(h=1)).set_operator(operator(h=1))
 
 
+@pytest.mark.parametrize("base_fn", [None, torch.nn.ReLU()], ids=str)
 @pytest.mark.parametrize("name", BASES)
 @stages
-def test_scaled_init_keeps_the_variance(name, options):
+def test_scaled_init_keeps_the_variance(name, base_fn, options):
     N, scores = 65, torch.randn(8, 4, 65, 65)
-    op = KArAtOperator(N, 4, basis(name), init="scaled", **options)
+    op = KArAtOperator(N, 4, basis(name), base_fn=base_fn, init="scaled", **options)
     out = op.attend(scores, torch.randn(8, 4, N, 32))
     assert 0.2 < out.square().mean().item() < 5
+
+
+@pytest.mark.parametrize("options", [{}, dict(basis_type="WaveletBasis", base_fn="nn.PReLU"), dict(project_l1=True, modular_attn=False)], ids=str)
+def test_exported_for_any_batch_and_empty_batches(options):
+    model, images = micro(**options).eval(), torch.randn(5, 3, 32, 32)
+    exported = torch.export.export(model, (images[:3],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=512)},))
+    torch.testing.assert_close(exported.module()(images), model(images))
+    assert model(images[:0]).shape == (0, *model(images).shape[1:])
 
 
 def test_compile_and_gradient_checkpointing():

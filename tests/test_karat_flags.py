@@ -1,15 +1,19 @@
 """The flags of Kolmogorov-Arnold attention and MLPs: what they build, what they refuse, and how they train and resume."""
 import json
+import re
 
 import pytest
 import timm
 import torch
+from torch import nn
 
+import engine
 import main
 from arguments import parse
 from groups import GradNorms, kind, optimizer_groups
 from kan_basis import BASES
 from kan_options import model_options
+from losses import DistillationLoss
 from models.build import build_model, freeze_all_but_attention
 from tests.test_main import call, log
 
@@ -136,7 +140,8 @@ def test_training_with_its_own_rate_and_logged_norms_and_resumed_without_flags(t
     assert list(norms) == [f"grad_norm_{kind}" for kind in ("karat", "head", "attention", "mlp", "embed_norm")] and all(v > 1e-3 for v in norms.values())
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert [name for name in state["model"] if "project_in" in name] == ["karat.project_in"]
-    assert sorted({group["initial_lr"] for group in state["optimizer"]["param_groups"]}) == [1e-3 * 20 / 512, 1e-2 * 20 / 512]
+    assert [group.get("lr_scale", 1.0) for group in state["optimizer"]["param_groups"]] == [1.0, 1.0, pytest.approx(10), pytest.approx(10)]
+    assert {group["initial_lr"] for group in state["optimizer"]["param_groups"]} == {1e-3 * 20 / 512}
     assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--device", "cpu") == 0
     assert f"Acc@1 {entry['test_acc1']:.3f}" in capfd.readouterr().out
     assert call("--resume", "auto", "--output-dir", tmp_path, "--epochs", "2", "--device", "cpu") == 0
@@ -149,12 +154,74 @@ def test_training_with_its_own_rate_and_logged_norms_and_resumed_without_flags(t
     assert "start anew" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "plateau", "none"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 3.0])
+def test_rate_of_the_operators_keeps_its_proportion(schedule, ratio, tmp_path, monkeypatch):
+    """Also where both reach --min-lr; at 0 they stay as they are."""
+    seen, start, update = [], {}, engine._update
+
+    def watched(run, args):
+        named = [(name, p) for name, p in run.model.named_parameters() if kind(name) == "karat" and p.requires_grad]
+        start.update({} if start else {name: (p, p.detach().clone()) for name, p in named})
+        update(run, args)
+        seen.append([group["lr"] for group in run.optimizer.param_groups])
+
+    monkeypatch.setattr(engine, "_update", watched)
+    assert call(*TRAIN, "--epochs", "4", "--warmup-epochs", "1", "--sched", schedule, "--lr", "1e-2", "--unscale-lr", "--min-lr", "1e-3", "--attn-lr",
+                str(0.01 * ratio), "--output-dir", tmp_path) == 0
+    assert len({rates[0] for rates in seen}) == {"cosine": 4, "plateau": 2, "none": 1}[schedule]
+    for main_rate, _, *own in seen:
+        assert own and own == pytest.approx([main_rate * ratio] * len(own))
+    assert {torch.equal(p, before) for p, before in start.values()} == {ratio == 0}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoints of one epoch: of the published model, and of one with options that leave no trace in the shapes."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("plain", "options", "spline")}
+    for name, flags in (("plain", ()), ("options", ("--base-fn", "nn.SiLU", "--project-l1")), ("spline", ("--basis-type", "SplineBasis", "--order", "2"))):
+        assert call(*TRAIN, *flags, "--epochs", "1", "--no-model-ema", "--output-dir", folders[name]) == 0
+    return {name: folder / "checkpoint.pth" for name, folder in folders.items()}
+
+
+def test_flags_that_repeat_what_the_checkpoint_is(trained, capfd):
+    for flags in ("--blockwise", "--grid 3", "--modular-attn --modular-mode phi1_w2 --depth 2", "--model-kwargs depth=2 embed_dim=32 hidden_dim=12"):
+        assert call("--eval", "--resume", trained["plain"], "--device", "cpu", *flags.split()) == 0, flags
+    for name, flags, sentence in (("plain", "--grid 4", "without --grid 4"), ("plain", "--universal", "without --universal"),
+                                  ("plain", "--depth 2", "without --depth 2"), ("plain", "--model-kwargs project_l1=True", "without --model-kwargs project_l1=True"),
+                                  ("spline", "--basis-type FourierBasis", "with --basis-type SplineBasis, not --basis-type FourierBasis")):
+        assert call("--eval", "--resume", trained[name], "--device", "cpu", *flags.split()) == 2
+        assert f"the checkpoint was trained {sentence}: drop the flag" in capfd.readouterr().err
+
+
+def test_finetuning_takes_the_options_of_the_file(trained, capfd):
+    still = (*TRAIN[2:], "--epochs", "1", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0", "--no-model-ema")
+    assert call("--eval", "--resume", trained["options"], "--device", "cpu") == 0
+    want = re.search(r"Acc@1 .*", capfd.readouterr().out)[0]
+    for model in ((), ("--model", NAME)):
+        assert call(*model, *still, "--finetune", trained["options"]) == 0
+        out = capfd.readouterr().out
+        assert want in out and "unlike" not in out
+    assert call("--model", NAME.replace("vit", "kat"), *still, "--finetune", trained["options"]) == 0
+    assert f"unlike this model, that of {trained['options']} was trained with --base-fn nn.SiLU; with --project-l1\n" in capfd.readouterr().out
+    assert call(*still, "--finetune", trained["spline"], "--basis-type", "FourierBasis") == 0  # its --order goes with its basis
+    assert "with --basis-type SplineBasis, not --basis-type FourierBasis; with --order 2" in capfd.readouterr().out
+
+
+def test_a_teacher_has_the_options_of_its_file_and_the_size_of_the_student(trained, monkeypatch):
+    taught = []
+    monkeypatch.setattr(main, "DistillationLoss", lambda criterion, teacher, *rest: taught.append(teacher) or DistillationLoss(criterion, teacher, *rest))
+    assert call(*TRAIN, "--model", "vit_micro_patch8_32", "--input-size", "48", "--epochs", "1", "--distillation-type", "hard", "--teacher-model", NAME,
+                "--teacher-path", trained["options"]) == 0
+    assert isinstance(first(taught[0]).layers[0].base_fn, nn.SiLU) and first(taught[0]).project_l1 and first(taught[0]).num_tokens == 37
+
+
 def test_groups_of_the_optimizer_and_kinds_of_parameters():
     model = timm.create_model("kat_micro_patch8_32_karat", num_classes=10, output_scale="learned")
     names = {id(p): name for name, p in model.named_parameters()}
-    plain, decayed, own, own_decayed = optimizer_groups(model, 0.1, False, karat_lr=0.5)
+    plain, decayed, own, own_decayed = optimizer_groups(model, 0.1, False, karat_lr_scale=0.5)
     assert [group["weight_decay"] for group in (plain, decayed, own, own_decayed)] == [0, 0.1, 0, 0.1]
-    assert ["lr" in group for group in (plain, decayed, own, own_decayed)] == [False, False, True, True] and own["lr"] == 0.5
+    assert [group.get("lr_scale") for group in (plain, decayed, own, own_decayed)] == [None, None, 0.5, 0.5]
     assert {names[id(p)].split("operator.")[1] for p in own["params"]} == {"output_scale", "layers.0.coefficients", "layers.0.scale_basis"}
     assert {names[id(p)].split("operator.")[1] for p in own_decayed["params"]} == {"project_out"}
     assert not [names[id(p)] for p in decayed["params"] if kind(names[id(p)]) in ("karat", "kan", "embed_norm") and "proj.weight" not in names[id(p)]]

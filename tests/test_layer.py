@@ -85,6 +85,8 @@ def test_parameters_and_freezing():
 def test_scaled_init_has_variance_one(name):
     outputs = torch.cat([KANLayer(64, 32, basis(name), 4, init="scaled")(torch.randn(16, 4, 8, 64)) for _ in range(4)])
     assert outputs.square().mean().item() == pytest.approx(1, rel=0.35)
+    with_base = torch.cat([KANLayer(64, 32, basis(name), 4, nn.ReLU(), init="scaled")(torch.randn(16, 4, 8, 64)) for _ in range(4)])
+    assert with_base.square().mean().item() == pytest.approx(1, rel=0.35)  # without regard to what ReLU is on average
     half = KANLayer(6, 4, basis(name), init_scale=0.5)
     assert half.scale_basis.eq(0.5).all() and half.scale_base.eq(0.5).all()
 
@@ -96,6 +98,8 @@ def test_dtypes(name):
     torch.testing.assert_close(layer(x.bfloat16()), layer(x.bfloat16().float()))
     assert layer.double()(x.double()).dtype == torch.float64
     assert layer.float()(x[:0]).shape == (0, 2, 4, 3)
+    with_base = KANLayer(5, 3, basis(name), 2, nn.PReLU())
+    torch.testing.assert_close(with_base.bfloat16()(x.bfloat16()), with_base.float()(x.bfloat16()), rtol=0.02, atol=0.1)  # b's parameter in bfloat16
 
 
 def test_features_see_float32_under_autocast(monkeypatch):

@@ -19,6 +19,7 @@ from torch import Tensor
 import utils
 import weights
 from arguments import Arguments, Parser, parse
+from groups import kind
 from kan_options import MODEL_FLAGS
 from models.build import build_model, outputs_of
 from models.kat import KATMixin
@@ -107,6 +108,7 @@ def published(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     shapes = {name: tuple(value.shape) for name, value in state.items() if COEFFICIENTS.search(name)}
     faults = [f"{name} has shape {shape}" for name, shape in shapes.items() for right in [(1, 6) if name.endswith("numerator") else (8, 4)]
               if shape[-1] != right[-1] or layout == "kat" and shape != right]
+    faults += ["there is Kolmogorov-Arnold attention"] * any(kind(name) == "karat" for name in state)
     faults += ["there are no rational functions"] * (not shapes) + ["there is a distillation token"] * ("dist_token" in state)
     if faults:
         raise UserError(f"--to {layout}: {LAYOUTS[layout]}'s code has no such model: {faults[0]}")
