@@ -161,3 +161,4 @@ def test_l1_projection_in_float32():
     ties = torch.zeros(1, 4, requires_grad=True)
     torch.testing.assert_close(project_l1(ties), torch.full((1, 4), 0.25))
     assert project_l1(torch.full((1, 4), math.nan)).isnan().all()
+    assert project_l1(torch.tensor([-math.inf, 0.0, 2.0])).tolist() == [0, 0, 1]

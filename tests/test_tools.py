@@ -170,6 +170,8 @@ def test_raw_and_averaged_weights(tmp_path):
     (["a.pth.tar", "out.pth", "--to", "kat", "--model", VIT], "no rational functions"),
     (["bare.pth", "out.pth", "--to", "flashkat", "--model", "kat_micro_distilled_patch8_32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"],
      "distillation token"),
+    (["bare.pth", "out.pth", "--to", "kat", "--model", "kat_micro_patch8_32_karat", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"],
+     "there is Kolmogorov-Arnold attention"),
 ])
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
