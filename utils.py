@@ -108,6 +108,7 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a second write of every tensor, for what reads memory that nobody wrote
 
 
 def rng_state(device: torch.device) -> dict:

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import struct
 import threading
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,21 @@ OPTIONS = ("-std=c++17",)
 def available() -> bool:
     """Whether kernels can be launched here: CuPy is installed."""
     return importlib.util.find_spec("cupy") is not None
+
+
+@lru_cache(maxsize=None)
+def _new_enough(device: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        warnings.warn("rational runs in plain PyTorch, several times slower than its CUDA kernels: they need a GPU of compute capability 8.0, and "
+                      f"{torch.cuda.get_device_name(device)} has {major}.{minor}", stacklevel=4)
+    return major >= 8
+
+
+@torch.compiler.assume_constant_result
+def runs_here() -> bool:
+    """Whether the current GPU has what the kernels are made of: compute capability 8.0, for cp.async. Where not, one warning."""
+    return _new_enough(torch.cuda.current_device())
 
 
 @lru_cache(maxsize=None)
@@ -59,11 +75,12 @@ class Kernel:
                 function = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(name)
                 if shared_bytes > 32 << 10:  # more than 48 KiB, static shared memory included, must be asked for
                     function.max_dynamic_shared_size_bytes = shared_bytes
+                self.handle = function.kernel.ptr  # CuPy looks up the current device here
         except Exception as error:  # CuPy, NVRTC and the driver have many
             raise RuntimeError(f"the CUDA kernel {name} could not be compiled or loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
                                "KAN_KERNEL=torch goes without it, in plain PyTorch") from error
         self.function, self.shared_bytes, self.device, self.packing = function, shared_bytes, device, struct.Struct(types)
-        self.handle, self.launch, self.set_device = function.kernel.ptr, cupy.cuda.driver.launchKernel, cupy.cuda.runtime.setDevice
+        self.launch, self.set_device = cupy.cuda.driver.launchKernel, cupy.cuda.runtime.setDevice
 
     def __call__(self, grid: int, threads: int, *arguments: int) -> None:
         memory = _arguments
@@ -90,6 +107,19 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _allocate(size: int) -> int:
+    """Address of so many bytes on the current device. Raises: torch.OutOfMemoryError where torch's cache holds no free memory to give back."""
+    from cupy.cuda import runtime
+    try:
+        return runtime.malloc(size)
+    except runtime.CUDARuntimeError:
+        torch.cuda.empty_cache()
+    try:
+        return runtime.malloc(size)
+    except runtime.CUDARuntimeError as error:
+        raise torch.OutOfMemoryError(f"CUDA out of memory: no {size} bytes for the partial sums of the rational function ({error})") from error
+
+
 COUNTERS = 256  # at most, of a kernel
 _workspaces: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -112,7 +142,7 @@ def workspace(device: int, floats: int) -> tuple[int, int, torch.Tensor | None]:
     if size < floats:
         from cupy.cuda import runtime
         size = max(2 * floats, 1 << 18)
-        address = runtime.malloc(4 * (COUNTERS + size))  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
+        address = _allocate(4 * (COUNTERS + size))  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
         runtime.memsetAsync(address, 0, 4 * COUNTERS, stream)
         _workspaces[device, stream] = address, size
     return address, address + 4 * COUNTERS, None

@@ -19,10 +19,11 @@ TILE = 4  # rows of a tile
 TEAM = 64  # blocks whose sums are summed first, where there are more than 512
 
 
-def supports(shape: tuple[int, ...], dtype: torch.dtype, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> bool:
-    """Whether the kernels take valid arguments of these shapes: 32 or 16 bits, degrees up to 8, at most 16 GiB, at most 1,024 functions."""
-    return (dtype in TYPES and a_shape[1] <= MAX_DEGREE + 1 and b_shape[1] <= MAX_DEGREE and math.prod(shape) * dtype.itemsize < 1 << 34
-            and math.lcm(a_shape[0], b_shape[0]) <= 1024)
+def supports(shape: tuple[int, ...], dtype: torch.dtype, a_shape: tuple[int, int], b_shape: tuple[int, int], dim: int) -> bool:
+    """Whether the kernels take valid arguments of these shapes: 32 or 16 bits, degrees up to 8, at most 1,024 functions, less than 16 GiB, and
+    fewer than 2^31 elements from the channels on. The sizes that a compiler does not know yet are left to the operators."""
+    return (dtype in TYPES and a_shape[1] <= MAX_DEGREE + 1 and b_shape[1] <= MAX_DEGREE and math.lcm(a_shape[0], b_shape[0]) <= 1024
+            and (torch.compiler.is_compiling() or math.prod(shape) * dtype.itemsize < 1 << 34 and math.prod(shape[dim:]) < 1 << 31))
 
 
 def plan(kind: str, shape: tuple[int, ...], dim: int, a_rows: int, b_rows: int, size: int, aligned: bool, multiprocessors: int):
@@ -37,7 +38,7 @@ def plan(kind: str, shape: tuple[int, ...], dim: int, a_rows: int, b_rows: int, 
     length //= per_vector if vectors else 1
     period = groups * length
     unit = period // math.gcd(period, threads)
-    segments = period > 4096 and (length >= 32 or unit > blocks * multiprocessors)
+    segments = period > 4096 and (length >= 32 or unit > blocks * multiprocessors) or unit * groups >= 1 << 20  # else that many rows of sums
     low, high = sorted((threads, period))
     if kind == "forward" and vectors and not segments and high % low == 0:
         grid = math.ceil(outer * period / (TILE * high)) * (high // threads)
@@ -102,8 +103,31 @@ def backward(grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, di
 _library = torch.library.Library("kan", "DEF")
 _library.define("rational(Tensor x, Tensor numerator, Tensor denominator, int dim) -> Tensor")
 _library.define("rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, int dim) -> (Tensor, Tensor, Tensor)")
-_library.impl("rational", forward, "CUDA")
-_library.impl("rational_backward", backward, "CUDA")
+
+
+@lru_cache(maxsize=4096)
+def _check(shape, dtype, device, a_shape, a_device, b_shape, b_device, dim: int) -> None:
+    """Of the operators, which an exported program or another caller may give anything. Raises: ValueError."""
+    fit = a_device == b_device == device and len(a_shape) == len(b_shape) == 2 and -len(shape) <= dim < len(shape) and 0 not in (*a_shape, *b_shape)
+    if not (fit and shape[dim] % a_shape[0] == shape[dim] % b_shape[0] == 0 and supports(shape, dtype, a_shape, b_shape, dim)):
+        raise ValueError(f"kan::rational cannot take x {tuple(shape)} {dtype} on {device}, channels in dimension {dim}, with the numerator "
+                         f"{tuple(a_shape)} on {a_device} and the denominator {tuple(b_shape)} on {b_device}")
+
+
+def _forward_operator(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> Tensor:
+    _check(x.shape, x.dtype, x.device, numerator.shape, numerator.device, denominator.shape, denominator.device, dim)
+    return forward(x, numerator, denominator, dim % x.ndim)
+
+
+def _backward_operator(grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x.shape, x.dtype, x.device, numerator.shape, numerator.device, denominator.shape, denominator.device, dim)
+    if grad.shape != x.shape or grad.device != x.device:
+        raise ValueError(f"kan::rational_backward cannot take a gradient {tuple(grad.shape)} on {grad.device} for x {tuple(x.shape)} on {x.device}")
+    return backward(grad, x, numerator, denominator, dim % x.ndim)
+
+
+_library.impl("rational", _forward_operator, "CUDA")
+_library.impl("rational_backward", _backward_operator, "CUDA")
 
 
 @torch.library.register_fake("kan::rational", lib=_library)

@@ -126,7 +126,7 @@ def _check(shape, dtype, device, a_shape, a_dtype, a_device, b_shape, b_dtype, b
         if shape[channel_dim] % its_shape[0]:
             raise ValueError(f"rational: the {shape[channel_dim]} channels of x {tuple(shape)} (dimension {channel_dim}) "
                              f"do not divide into the {its_shape[0]} groups of {name} {tuple(its_shape)}")
-    return device.type == "cuda" and (kernel is None or kernel.supports(shape, dtype, a_shape, b_shape))
+    return device.type == "cuda" and (kernel is None or kernel.supports(shape, dtype, a_shape, b_shape, channel_dim) and launch.runs_here())
 
 
 _check_once = lru_cache(maxsize=4096)(_check)  # for sizes that are plain numbers, which a compiler's are not
@@ -222,7 +222,8 @@ class _Rational(torch.autograd.Function):
             raise RuntimeError("rational is differentiable once: it has no second derivatives (create_graph=True)")
         x, numerator, denominator = ctx.saved_tensors
         if ctx.path != "definition":
-            run = torch.ops.kan.rational_backward if ctx.path == "operator" or _watched(grad) else kernel.backward
+            operator = ctx.path == "operator" or _watched(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
+            run = torch.ops.kan.rational_backward if operator else kernel.backward
             return *run(grad, x, numerator, denominator, ctx.dim), None, None
         x3, dtype, a, b = _prepare(x, numerator, denominator, ctx.dim)
         grad3, coefficients = grad.reshape(x3.shape), any(ctx.needs_input_grad[1:3])

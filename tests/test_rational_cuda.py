@@ -1,10 +1,13 @@
 """The CUDA kernels of the rational function: compiled and their arithmetic run on the host everywhere, the rest on a GPU."""
+import contextlib
 import ctypes
 import importlib.util
 import math
 import shutil
 import subprocess
+import sys
 import threading
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,7 +109,8 @@ def test_arithmetic_on_the_host(host, degrees):
 
 
 def test_plans_cover_every_vector_once():
-    wide = [((64, 31713), 1, 1, 1023), ((64, 961, 25), 1, 1, 961), ((64, 1021, 15), 1, 1021, 1)]
+    wide = [((64, 31713), 1, 1, 1023), ((64, 961, 25), 1, 1, 961), ((64, 1021, 15), 1, 1021, 1), ((64, 4095), 1, 1, 819), ((1, 3069), 1, 1, 1023),
+            ((1024, 1013, 3), 1, 1, 1013)]
     for shape, dim, a_rows, b_rows in (*CASES.values(), *wide):
         for size in (2, 4):
             for aligned in (True, False):
@@ -124,6 +128,90 @@ def test_plans_cover_every_vector_once():
                         assert grid % (span // threads) == 0 and 0 <= grid // (span // threads) * tile * span - total < tile * span
                     else:  # a thread meets one function only
                         assert grid * threads % period == 0 and rows == grid
+
+
+@pytest.mark.parametrize("change", [dict(shape=(4, 97)), dict(dtype=torch.float64), dict(a_device=torch.device("cpu")), dict(b_device=torch.device("cuda:0")),
+                                    dict(a_shape=(6,)), dict(b_shape=(8, 9)), dict(dim=2), dict(shape=(3, 96, 1 << 30), dim=1), dict(b_shape=(0, 4))], ids=str)
+def test_operators_refuse_what_they_were_not_made_for(change):
+    fitting = dict(shape=(4, 96), dtype=torch.bfloat16, device=torch.device("cuda:1"), a_shape=(1, 6), a_device=torch.device("cuda:1"), b_shape=(8, 4),
+                   b_device=torch.device("cuda:1"), dim=1)
+    kernel._check(*fitting.values())
+    with pytest.raises(ValueError, match="kan::rational cannot take x .*channels in dimension"):
+        kernel._check(*(fitting | change).values())
+
+
+def test_a_kernel_for_a_device_that_is_not_the_current_one(monkeypatch):
+    """CuPy loads a kernel on, and returns the handle of, the device that is current when its attribute is read."""
+    current, asked = [0], []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Function:
+        @property
+        def kernel(self):
+            asked.append(current[-1])
+            return types.SimpleNamespace(ptr=1000 + current[-1])
+
+    cuda = types.SimpleNamespace(Device=on, driver=types.SimpleNamespace(launchKernel=None), runtime=types.SimpleNamespace(setDevice=None))
+    module = types.SimpleNamespace(get_function=lambda name: Function())
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawModule=lambda **options: module))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    assert launch.Kernel("rational.cu", "k", "PPPPqiiiii", 64 << 10, 1).handle == 1001 and set(asked) == {1}
+
+
+def test_an_old_gpu_is_said_once_and_seen_by_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == 6 else (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)
+    chosen = torch.compile(lambda x: x + launch.runs_here(), fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="need a GPU of compute capability 8.0, and Tesla T4 has 7.5"):
+        assert not launch.runs_here()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not launch.runs_here() and chosen(torch.zeros(1)) == 0
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+        assert launch.runs_here()
+
+
+@pytest.fixture
+def operators_on_the_cpu(monkeypatch):
+    """The definition in the place of the kernels, where a compiler or an exporter calls the operators."""
+    def backward(grad, x, a, b, dim):
+        saved = types.SimpleNamespace(saved_tensors=(x, a, b), dim=dim, path="definition", needs_input_grad=(True,) * 3)
+        return definition._Rational.backward(saved, grad)[:3]
+
+    library, check = torch.library.Library("kan", "IMPL"), definition._check
+    library.impl("rational", definition._evaluate, "CPU")
+    library.impl("rational_backward", torch.no_grad()(backward), "CPU")
+
+    def supported(*args):
+        check(*args)
+        return kernel.supports(args[0], args[1], args[3], args[6], args[9])
+
+    monkeypatch.setattr(definition, "_check", supported)
+    monkeypatch.setattr(definition, "kernel", kernel)
+    yield
+    library._destroy()
+
+
+def test_traced_for_any_batch(operators_on_the_cpu):
+    layer, x = GroupRational(8, num_channels=96), torch.randn(5, 7, 96)
+    with torch.no_grad():
+        for dim in (torch.export.Dim("batch"), torch.export.Dim("batch", min=2, max=4096)):
+            exported = torch.export.export(layer, (x,), dynamic_shapes=({0: dim},))
+            assert "kan.rational" in str(exported.graph)
+            torch.testing.assert_close(exported.module()(x[:3]), definition._evaluate(x[:3], *layer.parameters(), 2))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 3):
+        live = x[:size].clone().requires_grad_()
+        found = torch.autograd.grad(compiled(live).square().sum(), (live, *layer.parameters()))
+        y = definition._Rational.apply(live, *layer.parameters(), 2, "definition")
+        for got, want in zip(found, torch.autograd.grad(y.square().sum(), (live, *layer.parameters()))):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def inputs(shape, dim, a_rows, b_rows, dtype, degrees=(5, 4)):
@@ -286,6 +374,14 @@ def test_streams_graphs_autocast_compile_and_export():
             assert all(torch.equal(p, q) for p, q in zip(found, eager)), mode
     exported = torch.export.export(layer.eval(), (x,))
     assert "kan.rational" in str(exported.graph) and torch.equal(exported.module()(x), want)
+    dynamic = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert torch.equal(dynamic.module()(x[:3]), want[:3])
+    live = x.clone().requires_grad_()
+    directions = torch.randn(3, *x.shape, device="cuda")
+    batched, = torch.autograd.grad(layer(live), live, directions, is_grads_batched=True)
+    assert all(torch.equal(own, torch.autograd.grad(layer(live), live, g)[0]) for own, g in zip(batched, directions))
+    with pytest.raises(ValueError, match="kan::rational cannot take x"):
+        torch.ops.kan.rational(x[..., :95], *(c.detach() for c in coefficients), 2)
     torch.library.opcheck(torch.ops.kan.rational.default, (x, *(c.detach() for c in coefficients), 2), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.kan.rational_backward.default, (x, x, *(c.detach() for c in coefficients), 2),
                           test_utils=("test_schema", "test_faketensor"))
