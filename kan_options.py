@@ -74,7 +74,8 @@ def add_arguments(p: ArgumentParser) -> None:
     g.add_argument("--karat-init", choices=KARAT_INITS, help="initialisation: published, all coefficients ~ N(0, 1); scaled, sigma(A) V starts with the "
                    "variance of V (default: published)")
     g.add_argument("--karat-init-scale", type=float, metavar="C", help="sigma(A) starts so many times as large (default: 1)")
-    g.add_argument("--attn-lr", type=float, help="learning rate of the operators, scaled as --lr and at all times in the same proportion to it; 0 freezes them (default: --lr)")
+    g.add_argument("--attn-lr", type=float, help="learning rate of the operators, scaled as --lr and at all times in the same proportion to it; 0 freezes "
+                   "them (default: --lr)")
     g.add_argument("--karat-resample", default="bicubic", choices=INTERPOLATIONS, help="interpolation of the operators of a file for another image or "
                    "patch size")
 
@@ -146,7 +147,7 @@ def _in_force(settings: dict) -> tuple[dict, dict[str, str]]:
     written |= {option: f"--model-kwargs {option}={value}" for option, value in kwargs.items()}
     options = defaults | _options(settings) | kwargs
     for option in ("basis_type", "mlp_basis"):
-        options[option] = options[option].removesuffix("Basis").lower()
+        options[option] = str(options[option]).removesuffix("Basis").lower()
     return {option: list(value) if isinstance(value, (tuple, list)) else value for option, value in options.items()}, written
 
 
