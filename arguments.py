@@ -185,7 +185,7 @@ def get_args_parser() -> Parser:
 
     g = p.add_argument_group("distillation")
     g.add_argument("--distillation-type", default="none", choices=["none", "soft", "hard"], help="what the student learns from the teacher")
-    g.add_argument("--teacher-model", default="regnety_160", help="any timm model")
+    g.add_argument("--teacher-model", help="any timm model (default: that of --teacher-path, else regnety_160)")
     g.add_argument("--teacher-path", default="", help="checkpoint of the teacher")
     g.add_argument("--distillation-alpha", type=float, default=0.5, help="weight of the teacher in the loss")
     g.add_argument("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
@@ -262,6 +262,7 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
             theirs = {"mean": list(cfg.mean), "std": list(cfg.std), "eval_crop_ratio": cfg.crop_pct, "interpolation": cfg.interpolation,
                       "input_size": cfg.input_size[-1], **theirs}
         known -= {"data_set"} if first.data or (folder and theirs.get("data_set") == "DIGITS") else set()
+        theirs = {**theirs, "model_kwargs": kan_options.without_unknown_presets(theirs.get("model_kwargs") or {})}
         parser.set_defaults(**{k: v for k, v in theirs.items() if k in known})
     args = parser.parse_intermixed_args(argv, Arguments())
     args.timm_style, args.data_path = args.data is not None, os.path.abspath(args.data or args.data_path)  # to be evaluated from any folder
@@ -299,6 +300,9 @@ def _check(a: Arguments) -> None:
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
         (a.distillation_type != "none" and not a.eval and ":" not in a.teacher_path and not os.path.isfile(a.teacher_path),
          f"--teacher-path: there is no checkpoint {a.teacher_path}"),
+        (a.teacher_path and a.distillation_type == "none" and not a.eval, "--teacher-path needs --distillation-type soft or hard"),
+        (a.distillation_tau <= 0, f"--distillation-tau must be positive, not {a.distillation_tau}"),
+        (a.clip_mode != "norm" and a.clip_grad is None and not a.eval, "--clip-mode needs --clip-grad"),
         (a.model_ema_decay is not None and not a.model_ema, "--model-ema-decay and --no-model-ema do not go together"),
         (a.no_aug and (a.three_augment or a.src), "--no-aug does not go together with --three-augment or --src"),
         (a.sched == "plateau" and a.sched_on_updates, "--sched plateau steps on epochs: drop --sched-on-updates"),
@@ -306,7 +310,7 @@ def _check(a: Arguments) -> None:
         (a.attn_lr is not None and a.lr == 0, "--attn-lr is scheduled in proportion to --lr, which must be positive"),
         (a.init and "kat_" not in a.model, f"--init is for KAT models, not {a.model}"),
         (mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
-        (a.opt == "adahessian" and "kat_" in a.model, "--opt adahessian needs second derivatives, which the rational functions do not have"),
+        (a.opt == "adahessian" and "kat_" in a.model and a.mlp_basis in (None, "rational"), "--opt adahessian needs second derivatives, which the rational functions do not have"),
         (min(a.std) <= 0, f"--std must be positive, not {a.std}"),
     ]
     faults += [(getattr(a, name) < least, f"--{name.replace('_', '-')} must be at least {least}, not {getattr(a, name)}")
@@ -323,7 +327,7 @@ def _check(a: Arguments) -> None:
     if a.opt.removeprefix("lookahead_") not in list_optimizers():
         faults.append((True, _unknown("optimizer", a.opt, list_optimizers())))
     for flag, name in (("model", a.model), ("teacher model", a.teacher_model)):
-        if not timm.is_model(name.split(".")[0]) and not name.startswith("hf-hub:") and not name.startswith("hf_hub:"):
+        if name and not timm.is_model(name.split(".")[0]) and not name.startswith("hf-hub:") and not name.startswith("hf_hub:"):
             faults.append((True, _unknown(flag, name, timm.list_models())))
     for wrong, sentence in faults:
         if wrong:

@@ -30,7 +30,9 @@ def save(folder: Path, state: dict, is_best: bool, keep_as: str | None = None) -
         for name in ([BEST] if is_best else []) + ([keep_as] if keep_as else []):
             _link(folder / LAST, folder / name)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write a checkpoint into {folder} ({error}); the previous one is untouched") from error
+        free = shutil.disk_usage(folder).free >> 20
+        raise CheckpointError(f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an earlier one is "
+                              "untouched") from error
 
 
 def _link(source: Path, target: Path) -> None:

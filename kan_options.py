@@ -13,7 +13,8 @@ import torch
 from kan_basis import BASES
 from kan_basis.basis import INITS as KARAT_INITS
 from kan_basis.pade import VERSIONS
-from kan_basis.rational import KERNELS
+from kan_basis.group import TARGETS
+from kan_basis.rational import KERNELS, presets
 from kan_basis.wavelet import WAVELETS
 from models.karat import KArAtMixin
 from models.kat import INITS, KATMixin
@@ -106,6 +107,13 @@ def _options(flags: dict) -> dict:
     if flags.get("depth") is not None and flags.get("modular_attn") is None:
         options["modular_attn"] = False
     return options
+
+
+def without_unknown_presets(model_kwargs: dict) -> dict:
+    """The options of a checkpoint's model without presets that were fitted and saved elsewhere: the coefficients are in the checkpoint."""
+    names = model_kwargs.get("act_init", ())
+    unknown = {names} if isinstance(names, str) else set(names)
+    return {key: value for key, value in model_kwargs.items() if key != "act_init" or unknown <= {*presets(), *TARGETS}}
 
 
 def to_start_from(theirs: dict, given: Namespace) -> dict:

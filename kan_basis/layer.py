@@ -20,13 +20,17 @@ MAX_FEATURES = 1 << 24  # elements of the features that one chunk of rows builds
 MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
 
 
+def _exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
+
+
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:
     """function(*tensors) in chunks of at most `size` along `dim`, the results put together along it, recomputed in the backward pass.
 
     Only the tensors are kept for the backward pass. `keep_rng`: the function draws random numbers, the same again when recomputed.
     Exported, it is one chunk: a graph for any batch cannot have a number of them.
     """
-    if getattr(torch.compiler, "is_exporting", lambda: False)():  # from torch 2.7 on
+    if _exporting():
         return function(*tensors)
     length = tensors[0].shape[dim]
     size = math.ceil(length / math.ceil(length / max(1, size))) if length else 1  # chunks of about one length
@@ -109,7 +113,7 @@ class KANLayer(nn.Module):
             return torch.bmm(self.basis.features(x).flatten(2), weight)
 
         size = MAX_FEATURES // weight.shape[:2].numel()
-        return product(rows) if rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
+        return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
     def _edges(self, rows: Tensor) -> Tensor:
         def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 import models  # noqa: F401  enters our names into timm's registry
 import weights
 from arguments import Arguments
-from kan_options import MODEL_FLAGS, model_options
+from kan_options import MODEL_FLAGS, model_options, without_unknown_presets
 from models.load import choose, load_all
 from utils import UserError, first_line
 
@@ -35,16 +35,18 @@ def build_model(args: Arguments, num_classes: int | None, weights_follow: bool =
 
 
 def build_teacher(args: Arguments, num_classes: int) -> nn.Module:
-    """The model of --teacher-model with the weights of --teacher-path, for images of the student's size; where the file says which options
-    a model of this name had, with these.
+    """The model of --teacher-model, by default that of the file, with the weights of --teacher-path, for images of the student's size; where
+    the file says which options a model of this name had, with these.
 
     Raises: UserError if it cannot be built or the file does not fit.
     """
     checkpoint = weights.read(args.teacher_path)
     theirs = checkpoint.get("args") or {}
-    options = {key: theirs[key] for key in ("model_kwargs", *MODEL_FLAGS) if key in theirs and theirs.get("model") == args.teacher_model}
-    plain = {**dict.fromkeys((*MODEL_FLAGS, "init")), "model_kwargs": {}, "drop": 0, "drop_path": 0, "grad_checkpointing": False, "pretrained": False}
-    teacher = build_model(Arguments(**{**args.plain(), **plain, **options, "model": args.teacher_model}), num_classes, weights_follow=True)
+    name = args.teacher_model or theirs.get("model") or "regnety_160"
+    options = {key: theirs[key] for key in ("model_kwargs", *MODEL_FLAGS) if key in theirs and theirs.get("model") == name}
+    options["model_kwargs"] = without_unknown_presets(options.get("model_kwargs", {}))
+    plain = {**dict.fromkeys((*MODEL_FLAGS, "init")), "drop": 0, "drop_path": 0, "grad_checkpointing": False, "pretrained": False}
+    teacher = build_model(Arguments(**{**args.plain(), **plain, **options, "model": name}), num_classes, weights_follow=True)
     load_all(teacher, choose(checkpoint, None)[0], args.teacher_path, resample=True, mode=args.karat_resample)
     return teacher
 

@@ -116,6 +116,8 @@ class KATMixin:
                  **kwargs) -> None:
         if weight_init not in (*INITS, "", "jax", "jax_nlhb", "moco", "skip", "reset"):
             raise ValueError(f"unknown weight_init '{weight_init}'; there are: {', '.join(INITS)} and timm's jax, jax_nlhb, moco, skip")
+        if kwargs.get("act_layer") is not None:
+            raise ValueError("a KAT has no act_layer: its activations are learned; act_init, or a name such as kat_tiny_gelu_*, says what they start from")
         pair = ("identity", act_init) if isinstance(act_init, str) else tuple(act_init)
         kwargs.setdefault("mlp_layer", partial(GRKANMlp, act_init=pair, degrees=tuple(degrees), num_groups=num_groups,
                                                numerator_groups=numerator_groups, mlp_basis=mlp_basis, mlp_grid=mlp_grid,

@@ -264,7 +264,7 @@ TABLE = [
 ]
 TABLE = [(flag, *rest) for flags, *rest in TABLE for flag in flags.split()]
 WITHOUT_EFFECT = {"--resplit", "--dist-eval"}  # as their help says
-NEEDED = {"--teacher-model", "--teacher-path", "--checkpoint", "--dist_url", "--pretrained-path"}  # without them main stops
+NEEDED = {"--teacher-model", "--teacher-path", "--distillation-type", "--checkpoint", "--dist_url", "--pretrained-path"}  # without them main stops
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[1]}".strip())

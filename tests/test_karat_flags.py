@@ -210,9 +210,26 @@ def test_finetuning_takes_the_options_of_the_file(trained, capfd):
 def test_a_teacher_has_the_options_of_its_file_and_the_size_of_the_student(trained, monkeypatch):
     taught = []
     monkeypatch.setattr(main, "DistillationLoss", lambda criterion, teacher, *rest: taught.append(teacher) or DistillationLoss(criterion, teacher, *rest))
-    assert call(*TRAIN, "--model", "vit_micro_patch8_32", "--input-size", "48", "--epochs", "1", "--distillation-type", "hard", "--teacher-model", NAME,
-                "--teacher-path", trained["options"]) == 0
-    assert isinstance(first(taught[0]).layers[0].base_fn, nn.SiLU) and first(taught[0]).project_l1 and first(taught[0]).num_tokens == 37
+    for named in ((), ("--teacher-model", NAME)):
+        assert call(*TRAIN, "--model", "vit_micro_patch8_32", "--input-size", "48", "--epochs", "1", "--distillation-type", "hard", *named, "--teacher-path",
+                    trained["options"]) == 0
+        assert isinstance(first(taught[-1]).layers[0].base_fn, nn.SiLU) and first(taught[-1]).project_l1 and first(taught[-1]).num_tokens == 37
+
+
+def test_a_checkpoint_needs_no_preset_that_was_fitted_elsewhere(tmp_path, capfd):
+    small = ("--model", "kat_micro_patch8_32_karat", *TRAIN[2:], "act_init=gelu", "--no-model-ema", "--output-dir", tmp_path)
+    assert call(*small, "--epochs", "1") == 0
+    result = re.search(r"Acc@1 .*", capfd.readouterr().out)[0]
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    state["args"]["model_kwargs"]["act_init"] = "saved_on_another_machine"
+    torch.save(state, tmp_path / "checkpoint.pth")
+    assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--device", "cpu") == 0
+    assert result in capfd.readouterr().out
+    assert call("--resume", "auto", "--output-dir", tmp_path, "--epochs", "2", "--device", "cpu") == 0
+    assert call("--finetune", tmp_path / "checkpoint.pth", "--epochs", "0", "--device", "cpu") == 0
+    assert call(*small[:-4], "act_init=saved_on_another_machine", "--epochs", "0") == 2 and "unknown rational preset" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="a KAT has no act_layer"):
+        timm.create_model("kat_micro_patch8_32", act_layer="gelu")
 
 
 def test_groups_of_the_optimizer_and_kinds_of_parameters():

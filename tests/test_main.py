@@ -264,6 +264,7 @@ def test_fewer_images_than_processes(tmp_path):
     (["--batch-size", "3"], "even --batch-size"), (["--distillation-type", "soft"], "needs --teacher-path"),
     (["--distillation-type", "soft", "--teacher-path", "x.pth", "--data-path", "/nonexistent"], "--teacher-path: there is no checkpoint x.pth"),
     (["--model", "kat_tiny_patch16_224", "--input-size", "1000000000"], "cannot build kat_tiny_patch16_224: a tensor of [\\d,]+ GiB does not fit into memory"),
+    (["--teacher-path", "x.pth"], "needs --distillation-type"), (["--distillation-tau", "0"], "tau must be positive"), (["--clip-mode", "agc"], "needs --clip-grad"),
     (["--compile", "--compile-mode", "reduce-overhead", "--grad-accum-steps", "2"], "use --compile-mode default"),
     (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"), (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
