@@ -87,8 +87,8 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
 
     Gradients, in closed form, with R = P' and S = dQ/dx = sign(x) (|b_1| + 2 |b_2| |x| + ... + n |b_n| |x|^(n-1)):
     dF/dx = R/Q - S P/Q^2,  dF/da_i = x^i / Q,  dF/db_j = -sign(b_j) |x|^j P/Q^2, where sign(0) = +1, so that a denominator
-    that starts at b = 0 trains. |x|^m and |x|^n must not overflow: |x| < 1e7 in float32 with the degrees 5 and 4. Only x and the coefficients are kept for the backward pass, which is itself not differentiable; torch.func's
-    transforms are not supported.
+    that starts at b = 0 trains. Only x and the coefficients are kept for the backward pass, which is itself not differentiable;
+    torch.func's transforms are not supported. |x|^m and |x|^n must not overflow: |x| < 1e7 in float32 with the degrees 5 and 4.
 
     Args:
         x: any shape with C channels along `channel_dim`, any strides, float32 / float16 / bfloat16 / float64.
