@@ -310,7 +310,8 @@ def _check(a: Arguments) -> None:
         (a.attn_lr is not None and a.lr == 0, "--attn-lr is scheduled in proportion to --lr, which must be positive"),
         (a.init and "kat_" not in a.model, f"--init is for KAT models, not {a.model}"),
         (mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
-        (a.opt == "adahessian" and "kat_" in a.model and a.mlp_basis in (None, "rational"), "--opt adahessian needs second derivatives, which the rational functions do not have"),
+        (a.opt == "adahessian" and "kat_" in a.model and a.mlp_basis in (None, "rational"),
+         "--opt adahessian needs second derivatives, which the rational functions do not have"),
         (min(a.std) <= 0, f"--std must be positive, not {a.std}"),
     ]
     faults += [(getattr(a, name) < least, f"--{name.replace('_', '-')} must be at least {least}, not {getattr(a, name)}")

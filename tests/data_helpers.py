@@ -1,14 +1,29 @@
-"""Arguments and images that the tests of data sets and of transforms share."""
+"""Arguments and images that several tests share."""
 
+import math
+import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10-jpg.tar.xz"
 CPU = torch.device("cpu")
 POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "rand-m15-n2-mstd1.0-inc1"]    # DeiT, KAT, KArAt
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def photographs(folder, train=math.inf, validation=math.inf):
+    """So many training and validation images of each class of CIFAR-10, as JPEG files in class folders; the test is skipped where they are not there."""
+    if not ARCHIVE.exists():
+        pytest.skip(f"{ARCHIVE.name} is not there")
+    with tarfile.open(ARCHIVE, "r|xz") as archive:
+        for member in archive:
+            if member.isfile() and int(Path(member.name).stem) < (train if member.name.startswith("train") else validation):
+                archive.extract(member, folder, filter="data")
 
 
 def make_args(**overrides):

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import pickle
 import socket
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,11 +18,10 @@ from scipy.io import savemat
 from torchvision import transforms as T
 
 import datasets
-from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise
+from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise, photographs
 from datasets import DATASETS, DataError, build_datasets, register_dataset, stratified_indices
 from transforms import build_loader
 
-ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10-jpg.tar.xz"
 TREE = [f"{folder}/{name}/{i}.jpg" for folder in ("train", "val") for name in ("cat", "dog") for i in range(3)]
 
 
@@ -451,12 +449,8 @@ def test_images_and_labels_are_those_of_torchvision(tmp_path, monkeypatch, data_
     np.testing.assert_array_equal(val.targets, parts[1].targets)
 
 
-@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE.name} is not there")
 def test_real_jpegs(tmp_path):
-    with tarfile.open(ARCHIVE, "r|xz") as archive:
-        for member in archive:
-            if member.name.endswith(("0000.jpg", "0001.jpg")):
-                archive.extract(member, tmp_path, filter="data")
+    photographs(tmp_path, train=2, validation=2)
     args = make_args(data_set="IMNET", data_path=str(tmp_path), aa=POLICIES[2], reprob=0.25)
     train, val, classes = build_datasets(args)
     assert len(classes) == 10 and len(train) == len(val) == 20 and "airplane" in classes

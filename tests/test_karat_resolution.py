@@ -1,7 +1,5 @@
 """Operators for another number of tokens than they were trained for: through main.py, and through timm."""
 import re
-import tarfile
-from pathlib import Path
 
 import pytest
 import timm
@@ -9,10 +7,10 @@ import torch
 
 import models  # noqa: F401
 from models.load import load_all, load_matching
+from tests.data_helpers import photographs
 from tests.test_main import call
 from weights import CheckpointError
 
-ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10-jpg.tar.xz"
 NAME = "vit_micro_patch8_32_karat"
 
 
@@ -20,13 +18,9 @@ def micro(**options):
     return timm.create_model(NAME, **{"num_classes": 10, "depth": 2, **options}).eval()
 
 
-@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE.name} is not there")
 def test_photographs_at_other_sizes_than_in_training(tmp_path, capfd):
     """Trained at 32 pixels, evaluated at 24 and 48: about the loss at 32, and less than with operators resampled to the nearest token."""
-    with tarfile.open(ARCHIVE, "r|xz") as archive:
-        for member in archive:
-            if member.isfile() and int(Path(member.name).stem) < (200 if member.name.startswith("train") else 100):
-                archive.extract(member, tmp_path, filter="data")
+    photographs(tmp_path, train=200, validation=100)
     assert call("--model", NAME, "--model-kwargs", "depth=2", "--data-set", "IMNET", "--data-path", tmp_path, "--input-size", "32", "--batch-size", "50",
                 "--epochs", "5", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--sched-on-updates", "--no-repeated-aug", "--aa", "none",
                 "--color-jitter", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--clip-grad", "1", "--num-workers", "0",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import main
+from tests.data_helpers import photographs
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpg.tar.xz"
 
 
 @pytest.mark.alone
@@ -29,10 +29,9 @@ def test_quickstart_reaches_97_percent_and_evaluates_to_the_same_figure(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ARCHIVE.exists(), reason="the CIFAR-10 JPEG archive is not beside the repository")
 def test_micro_kat_on_2000_photographs(tmp_path):
     """35 % top-1 on the 10,000 validation images of CIFAR-10 after 3 minutes of training on 2,000, on two cores."""
-    subprocess.run(["tar", "xf", str(ARCHIVE), "-C", str(tmp_path)], check=True)
+    photographs(tmp_path)
     start = time.monotonic()
     assert main.main(["--model", "kat_micro_patch4_32", "--data-set", "IMNET", "--data-path", str(tmp_path), "--train-subset", "2000",
                       "--input-size", "32", "--batch-size", "50", "--epochs", "11", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "2",

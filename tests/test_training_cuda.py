@@ -1,40 +1,32 @@
 """Training on a GPU: kernel against definition on photographs, two GPUs, repetition to the bit."""
 import re
-import tarfile
-from pathlib import Path
 
 import pytest
 import torch
 
 import main
 from kan_basis.rational import use_kernel
+from tests.data_helpers import photographs
 from tests.test_main import assert_same_run, call, torchrun
 
-ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10-jpg.tar.xz"
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """The first 100 training and 10 validation images of each class of CIFAR-10."""
-    if not ARCHIVE.exists():
-        pytest.skip(f"{ARCHIVE.name} is not there")
+def cifar(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar10")
-    with tarfile.open(ARCHIVE, "r|xz") as archive:
-        for member in archive:
-            if member.isfile() and int(Path(member.name).stem) < (100 if member.name.startswith("train") else 10):
-                archive.extract(member, folder, filter="data")
+    photographs(folder, train=100, validation=10)
     return folder
 
 
-def flags(folder, device="cuda"):
+def flags(folder):
     return ("--model", "kat_tiny_patch16_224", "--data-set", "IMNET", "--data-path", folder, "--batch-size", "32", "--train-subset", "640", "--epochs", "1",
             "--lr", "1e-3", "--unscale-lr", "--warmup-epochs", "1", "--no-repeated-aug", "--aa", "none", "--color-jitter", "0", "--reprob", "0", "--mixup", "0",
-            "--cutmix", "0", "--drop-path", "0", "--check-images", "off", "--device", device)
+            "--cutmix", "0", "--drop-path", "0", "--check-images", "off", "--device", "cuda")
 
 
 @pytest.mark.gpu
-def test_first_20_losses_are_those_of_the_definition(photographs, monkeypatch):
+def test_first_20_losses_are_those_of_the_definition(cifar, monkeypatch):
     """In float32, at the learning rate that the warm-up starts from, 1e-6. At 1e-5 the training itself is chaotic: two runs of the definition, one
     with rational functions in float64, part after six steps."""
     losses = {}
@@ -49,7 +41,7 @@ def test_first_20_losses_are_those_of_the_definition(photographs, monkeypatch):
 
         monkeypatch.setattr(main, "build_criterion", build_criterion)
         try:
-            assert call(*flags(photographs), "--amp", "off", "--kernel", kernel) == 0
+            assert call(*flags(cifar), "--amp", "off", "--kernel", kernel) == 0
         finally:
             use_kernel("auto")
     assert len(losses["cuda"]) == len(losses["torch"]) == 20 and losses["cuda"] != losses["torch"]
@@ -60,10 +52,10 @@ def test_first_20_losses_are_those_of_the_definition(photographs, monkeypatch):
 
 @pytest.mark.gpu
 @two_gpus
-def test_two_gpus_repeat_to_the_bit_and_agree_with_one(photographs, tmp_path):
+def test_two_gpus_repeat_to_the_bit_and_agree_with_one(cifar, tmp_path):
     """The kernels on cuda:1, under DistributedDataParallel, in bfloat16; evaluation of the same file on one and on two GPUs."""
     for name in ("one", "two"):
-        result = torchrun(2, *flags(photographs), "--batch-size", "16", "--kernel", "cuda", "--deterministic", "--output-dir", tmp_path / name)
+        result = torchrun(2, *flags(cifar), "--batch-size", "16", "--kernel", "cuda", "--deterministic", "--output-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
     figures = [re.findall(r"Acc@1 .* loss [\d.]+", torchrun(n, "--eval", "--resume", tmp_path / "one" / "checkpoint.pth", "--device", "cuda").stdout)
