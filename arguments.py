@@ -130,8 +130,8 @@ def get_args_parser() -> Parser:
     g.add_argument("--amp", nargs="?", const="bf16", choices=AMP,
                    help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model for training")
-    g.add_argument("--compile-mode", default="default", choices=["default", "reduce-overhead", "max-autotune"], help="mode of --compile; reduce-overhead "
-                   "replays CUDA graphs, for small models whose kernels are shorter than their launches")
+    g.add_argument("--compile-mode", default="auto", choices=["auto", "default", "reduce-overhead", "max-autotune"], help="mode of --compile; auto: "
+                   "reduce-overhead, which replays CUDA graphs, on a GPU unless gradients are accumulated, else default")
 
     g = p.add_argument_group("schedule")
     g.add_argument("--lr", type=float, default=5e-4, help="base learning rate, scaled by global batch / 512")
@@ -294,9 +294,9 @@ def _check(a: Arguments) -> None:
         (a.resume and a.pretrained and not a.eval, "--resume and --pretrained do not go together: choose the weights to start from"),
         (a.save_every and not a.output_dir and not a.eval, "--save-every needs --output-dir"),
         (a.run_id and not a.run_name, "--run-id needs --run-name"),
-        (a.compile_mode != "default" and not (a.compile or a.eval), "--compile-mode needs --compile"),
-        (a.compile and a.compile_mode != "default" and a.grad_accum_steps > 1, f"--compile-mode {a.compile_mode} keeps gradients in the memory of a CUDA "
-         "graph, where the next of --grad-accum-steps overwrites them: use --compile-mode default"),
+        (a.compile_mode not in ("auto", "default") and not (a.compile or a.eval), "--compile-mode needs --compile"),
+        (a.compile and a.compile_mode not in ("auto", "default") and a.grad_accum_steps > 1, f"--compile-mode {a.compile_mode} keeps gradients in the memory of a CUDA "
+         "graph, where the next of --grad-accum-steps overwrites them: leave it out"),
         (a.distillation_type != "none" and not a.teacher_path and not a.eval, "--distillation-type needs --teacher-path"),
         (a.distillation_type != "none" and not a.eval and ":" not in a.teacher_path and not os.path.isfile(a.teacher_path),
          f"--teacher-path: there is no checkpoint {a.teacher_path}"),

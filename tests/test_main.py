@@ -265,7 +265,7 @@ def test_fewer_images_than_processes(tmp_path):
     (["--distillation-type", "soft", "--teacher-path", "x.pth", "--data-path", "/nonexistent"], "--teacher-path: there is no checkpoint x.pth"),
     (["--model", "kat_tiny_patch16_224", "--input-size", "1000000000"], "cannot build kat_tiny_patch16_224: a tensor of [\\d,]+ GiB does not fit into memory"),
     (["--teacher-path", "x.pth"], "needs --distillation-type"), (["--distillation-tau", "0"], "tau must be positive"), (["--clip-mode", "agc"], "needs --clip-grad"),
-    (["--compile", "--compile-mode", "reduce-overhead", "--grad-accum-steps", "2"], "use --compile-mode default"),
+    (["--compile", "--compile-mode", "reduce-overhead", "--grad-accum-steps", "2"], "overwrites them: leave it out"),
     (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"), (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
     (["--device", "gpu"], "no device"), (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
@@ -298,6 +298,14 @@ def test_both_spellings_defaults_and_read_only_arguments():
     with pytest.raises(SystemExit) as caught:
         get_args_parser().parse_args(["--help"])
     assert caught.value.code == 0
+
+
+@pytest.mark.parametrize(("device", "flags", "mode"), [
+    ("cuda", [], "reduce-overhead"), ("cuda", ["--grad-accum-steps", "2"], "default"), ("cpu", [], "default"), ("cuda", ["--compile-mode", "default"], "default"),
+    ("cuda", ["--compile-mode", "max-autotune"], "max-autotune")])
+def test_compile_mode(device, flags, mode):
+    args, _ = parse(["--data-set", "DIGITS", "--compile", *flags], lambda args: None)
+    assert main.compile_mode(args, torch.device(device)) == mode
 
 
 def test_learning_rate_line(capfd):

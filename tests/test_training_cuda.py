@@ -7,7 +7,7 @@ import torch
 import main
 from kan_basis.rational import use_kernel
 from tests.data_helpers import photographs
-from tests.test_main import assert_same_run, call, torchrun
+from tests.test_main import assert_same_run, call, log, torchrun
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -50,12 +50,44 @@ def test_first_20_losses_are_those_of_the_definition(cifar, monkeypatch):
     assert max(differences) <= 1e-3, differences
 
 
+MICRO = ("--model", "kat_micro_patch4_32", "--input-size", "32", "--batch-size", "32", "--deterministic")
+
+
+@pytest.mark.gpu
+def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkeypatch):
+    """As CUDA graphs: the steps that a resumed run records are replayed by the straight one."""
+    run = main.train_one_epoch
+    stopped = iter((False, True))
+
+    def stop_in_second_epoch(*args):
+        result = run(*args)
+        if next(stopped):
+            raise KeyboardInterrupt
+        return result
+
+    compiled = (*flags(cifar), *MICRO, "--compile", "--drop-path", "0.2", "--drop", "0.1", "--epochs", "2")
+    assert call(*compiled, "--output-dir", tmp_path / "straight") == 0
+    torch.compiler.reset()
+    monkeypatch.setattr(main, "train_one_epoch", stop_in_second_epoch)
+    assert call(*compiled, "--output-dir", tmp_path / "resumed") == 130
+    monkeypatch.setattr(main, "train_one_epoch", run)
+    torch.compiler.reset()
+    assert call("--resume", "auto", "--output-dir", tmp_path / "resumed") == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+    torch.compiler.reset()
+    for name, options in (("eager", ()), ("compiled", ("--compile",))):
+        assert call(*flags(cifar), *MICRO, *options, "--output-dir", tmp_path / name) == 0
+    eager, graphs = (log(tmp_path / name)[0]["train_loss"] for name in ("eager", "compiled"))
+    assert abs(eager - graphs) < 0.01, (eager, graphs)
+
+
 @pytest.mark.gpu
 @two_gpus
-def test_two_gpus_repeat_to_the_bit_and_agree_with_one(cifar, tmp_path):
+@pytest.mark.parametrize("options", [("--batch-size", "16", "--deterministic"), (*MICRO, "--compile")], ids=["tiny", "compiled micro"])
+def test_two_gpus_repeat_to_the_bit_and_agree_with_one(cifar, tmp_path, options):
     """The kernels on cuda:1, under DistributedDataParallel, in bfloat16; evaluation of the same file on one and on two GPUs."""
     for name in ("one", "two"):
-        result = torchrun(2, *flags(cifar), "--batch-size", "16", "--kernel", "cuda", "--deterministic", "--output-dir", tmp_path / name)
+        result = torchrun(2, *flags(cifar), *options, "--kernel", "cuda", "--output-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
     figures = [re.findall(r"Acc@1 .* loss [\d.]+", torchrun(n, "--eval", "--resume", tmp_path / "one" / "checkpoint.pth", "--device", "cuda").stdout)
