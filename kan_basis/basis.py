@@ -59,8 +59,8 @@ class Basis:
         if theta.shape[-1] != self.num_coefficients:
             raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
 
-    def features(self, x: Tensor) -> Tensor:
-        """(...) -> (..., P), linear bases only."""
+    def features(self, x: Tensor, dim: int = -1) -> Tensor:
+        """(...) -> (..., P), linear bases only; P at `dim` < 0 of the result."""
         raise TypeError(f"the {self.name} basis is not linear in its coefficients: it has no features")
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ class FourierBasis(Basis):
         check_positive(grid=grid)
         self.grid, self.num_coefficients = grid, 2 * grid
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """cos x .. cos(G x), sin x .. sin(G x): (...) -> (..., 2 G), float32 at least.
 
         By angle addition from cos x and sin x, an error of about m units in the last place; cos(m * x) would first round m x, off by 1e-5 at x = 100
@@ -39,7 +39,7 @@ class FourierBasis(Basis):
             c, s = cos[-1], sin[-1]
             cos.append(c * cos[0] - s * sin[0])
             sin.append(s * cos[0] + c * sin[0])
-        return torch.stack(cos + sin, -1)
+        return torch.stack(cos + sin, dim)
 
     @torch.no_grad()
     def reset_(self, theta: Tensor, init: str = "published", fan_in: int = 1) -> Tensor:

@@ -24,6 +24,11 @@ def _exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
 
 
+def rows_of_chunk(features: int) -> int:
+    """How many rows with so many features each one chunk takes: a compiler, which needs few buffers and would unroll the chunks, gets all in one."""
+    return 1 << 40 if torch.compiler.is_compiling() else MAX_FEATURES // features
+
+
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:
     """function(*tensors) in chunks of at most `size` along `dim`, the results put together along it, recomputed in the backward pass.
 
@@ -107,12 +112,12 @@ class KANLayer(nn.Module):
         return torch.func.functional_call(self.base_fn, parameters, (rows,)) if parameters else self.base_fn(rows)
 
     def _linear(self, rows: Tensor) -> Tensor:
-        weight = (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).flatten(2).mT  # (h, N P, r)
+        weight = (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).permute(0, 3, 2, 1).flatten(1, 2)  # (h, P N, r)
 
         def product(x: Tensor) -> Tensor:
-            return torch.bmm(self.basis.features(x).flatten(2), weight)
+            return torch.bmm(self.basis.features(x, -2).flatten(2), weight)  # P in front of N: written and read in whole rows
 
-        size = MAX_FEATURES // weight.shape[:2].numel()
+        size = rows_of_chunk(weight.shape[:2].numel())
         return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
     def _edges(self, rows: Tensor) -> Tensor:

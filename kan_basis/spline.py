@@ -38,21 +38,21 @@ class SplineBasis(Basis):
             raise ValueError(f"grid_range must be finite and increasing, not {tuple(grid_range)}")
         self.grid, self.order, self.grid_range, self.num_coefficients = grid, order, (lo, hi), grid + order
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """B_1(x) .. B_P(x): (...) -> (..., G + k), float32 at least.
 
         In units of cells the knots are the integers 0..G + 2k, exact in every dtype. Cells are half-open; the last one is closed.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(dim)
         lo, hi = (x.new_full((), end) for end in self.grid_range)
         u = (x - lo) / (hi - lo) * self.grid + self.order  # hi is G + k without rounding
         cells = self.grid + 2 * self.order
-        knot = torch.arange(cells, device=x.device, dtype=x.dtype)
+        knot = torch.arange(cells, device=x.device, dtype=x.dtype).view(-1, *[1] * (-1 - dim))
         cell = torch.where(u == cells, cells - 1, u.floor())
         b = (cell == knot).to(x.dtype)  # (..., cells)
         for p in range(1, self.order + 1):
             left = u - knot[:cells - p]
-            b = (left * b[..., :-1] + (p + 1 - left) * b[..., 1:]) / p
+            b = (left * b.narrow(dim, 0, cells - p) + (p + 1 - left) * b.narrow(dim, 1, cells - p)) / p
         return b
 
     @torch.no_grad()

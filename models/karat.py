@@ -104,7 +104,7 @@ class KArAtAttention(Attention):
             return operator.attend(attention_scores(q, k, self.scale), v, dropout)
 
         rows = operator.num_heads * operator.num_tokens  # of one image
-        return kan.in_chunks(core, query, key, value, size=kan.MAX_FEATURES // (rows * operator.features_per_row), dim=0, keep_rng=dropout > 0)
+        return kan.in_chunks(core, query, key, value, size=kan.rows_of_chunk(rows * operator.features_per_row), dim=0, keep_rng=dropout > 0)
 
 
 class KArAtMixin:

@@ -111,7 +111,7 @@ def test_scores_stay_float32_under_autocast(monkeypatch):
     seen = []
     cls = type(basis("fourier"))
     features = cls.features
-    monkeypatch.setattr(cls, "features", lambda self, x: seen.append(x) or features(self, x))
+    monkeypatch.setattr(cls, "features", lambda self, x, *dim: seen.append(x) or features(self, x, *dim))
     model = micro(karat_blocks=[0]).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(2, 3, 32, 32)).dtype == torch.bfloat16

@@ -105,7 +105,7 @@ def test_dtypes(name):
 def test_features_see_float32_under_autocast(monkeypatch):
     layer, seen = KANLayer(5, 3, basis("fourier"), 2), []
     features = type(layer.basis).features
-    monkeypatch.setattr(type(layer.basis), "features", lambda self, x: seen.append(x.dtype) or features(self, x))
+    monkeypatch.setattr(type(layer.basis), "features", lambda self, x, *dim: seen.append(x.dtype) or features(self, x, *dim))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 2, 4, 5)).dtype == torch.bfloat16
     assert seen == [torch.float32]
