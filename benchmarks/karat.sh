@@ -3,7 +3,7 @@
 #   bash benchmarks/karat.sh step OUT                      memory and time of a training step beside the softmax, batch 32
 #   bash benchmarks/karat.sh first OUT DATA SIZE [...]     losses and gradient norms of the first 300 steps, batch 128, 30 warm-up steps to 1.25e-4:
 #                                                          softmax, and what may tame the operators of SIZE tiny (G3B), small (G3B) or base (G1B)
-#   bash benchmarks/karat.sh resolution OUT DATA [...]     tiny, trained at 224 pixels, evaluated at 160, 224 and 288 with each interpolation
+#   bash benchmarks/karat.sh resolution OUT DATA [...]     tiny, trained at 224 pixels, evaluated at 160, 224 and 288 with each interpolation; --compile: 2 minutes
 # DATA holds train/ and val/ (or validation/), such as CIFAR-10 as JPEG files: 38,400 images for `first`.
 # Environment: ONLY (runs of `first`, by name; default: all), MODEL (default vit_SIZE_patch16_224_karat), PIXELS (default 224), PYTHON.
 set -euo pipefail
@@ -44,7 +44,7 @@ EOF
 resolution() {  # arguments of main.py
     local pixels mode
     "$PYTHON" "$ROOT/main.py" --model "${MODEL:-vit_tiny_patch16_224_karat}" --karat-init scaled "${LIGHT[@]}" --input-size "$PIXELS" --batch-size 128 \
-        --epochs 8 --lr 1e-3 --warmup-epochs 1 --output-dir "$OUT/resolution" "$@"
+        --epochs 8 --lr 3e-4 --warmup-epochs 1 --output-dir "$OUT/resolution" "$@"
     for pixels in $((PIXELS * 5 / 7)) "$PIXELS" $((PIXELS * 9 / 7)); do
         for mode in bicubic bilinear nearest; do
             if [ "$pixels" = "$PIXELS" ] && [ $mode != bicubic ]; then continue; fi  # nothing is resampled

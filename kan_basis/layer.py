@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kan_basis.basis import Basis, check_init, check_positive, mean_square
 
-MAX_FEATURES = 1 << 24  # elements of the features that one chunk of rows builds
+MAX_FEATURES = 1 << 26  # elements of the features that one chunk of rows builds: 256 MiB; a GPU waits for the launches of smaller chunks
 MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
 
 
