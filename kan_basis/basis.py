@@ -46,6 +46,11 @@ class Basis:
     num_coefficients: int
     linear = False  # in its coefficients: phi(x; theta) = sum_k features(x)_k theta_k
 
+    @property
+    def working_set(self) -> int:
+        """Elements that exist for each x while its features are built, roughly."""
+        return self.num_coefficients
+
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
         """phi(x; theta): x (...), theta (..., P), broadcast against each other without P; the dtype of x and theta promoted.
 

@@ -117,7 +117,7 @@ class KANLayer(nn.Module):
         def product(x: Tensor) -> Tensor:
             return torch.bmm(self.basis.features(x, -2).flatten(2), weight)  # P in front of N: written and read in whole rows
 
-        size = rows_of_chunk(weight.shape[:2].numel())
+        size = rows_of_chunk(rows.shape[0] * rows.shape[2] * self.basis.working_set)
         return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
     def _edges(self, rows: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class SplineBasis(Basis):
             raise ValueError(f"grid_range must be finite and increasing, not {tuple(grid_range)}")
         self.grid, self.order, self.grid_range, self.num_coefficients = grid, order, (lo, hi), grid + order
 
+    @property
+    def working_set(self) -> int:
+        return 3 * (self.grid + 2 * self.order)  # autograd keeps what every step of the recursion multiplies
+
     def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """B_1(x) .. B_P(x): (...) -> (..., G + k), float32 at least.
 

@@ -84,7 +84,7 @@ class KArAtOperator(nn.Module):
     @property
     def features_per_row(self) -> int:
         """Elements of the largest tensor that one row of scores needs, apart from what a layer divides into chunks by itself."""
-        return max(self.num_tokens, *(f.in_features * (f.basis.num_coefficients if f.basis.linear else 1) for f in self.layers))
+        return max(self.num_tokens, *(f.in_features * (f.basis.working_set if f.basis.linear else 1) for f in self.layers))
 
     def functions(self, scores: Tensor) -> Tensor:
         """All stages up to the last layer of functions: (B, h, M, N) -> (B, h, M, r or N). Only its products follow autocast."""

@@ -3,6 +3,7 @@
 #   bash run_scripts/train_karat.sh SIZE VARIANT DATASET [argument of main.py ...]      a later argument overrides an earlier one
 #   bash run_scripts/train_karat.sh tiny G3B CIFAR10
 #   DATA_PATH=/path/to/imagenet GPUS=4 bash run_scripts/train_karat.sh small G3U IMNET
+#   bash run_scripts/train_karat.sh small G3B CIFAR10 --karat-init scaled --compile     not the published initialisation, and several times as quick
 # SIZE        tiny, small, base
 # VARIANT     G3B: Fourier functions with grid 3, an operator for each block; G3U: one for all blocks; the same for other grids.
 #             In the place of G3: rational, mexican_hat, morlet, dog, meyer, shannon. vit: the softmax baseline
