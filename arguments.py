@@ -131,7 +131,7 @@ def get_args_parser() -> Parser:
                    help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model for training")
     g.add_argument("--compile-mode", default="auto", choices=["auto", "default", "reduce-overhead", "max-autotune"], help="mode of --compile; auto: "
-                   "reduce-overhead, which replays CUDA graphs, on a GPU unless gradients are accumulated, else default")
+                   "reduce-overhead, which replays CUDA graphs and holds on to more memory, on one GPU unless gradients are accumulated, else default")
 
     g = p.add_argument_group("schedule")
     g.add_argument("--lr", type=float, default=5e-4, help="base learning rate, scaled by global batch / 512")

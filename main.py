@@ -268,7 +268,7 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
     if mixing(args):
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
                       label_smoothing=0.0 if args.bce_loss else args.smoothing, num_classes=num_classes)
-    forward = torch.compile(model, mode=compile_mode(args, world.device)) if args.compile else model
+    forward = torch.compile(model, mode=compile_mode(args, world)) if args.compile else model
     if world.world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[world.device.index] if world.device.type == "cuda" else None)
     ema = None
@@ -281,11 +281,12 @@ def build_training(model: nn.Module, steps: int, batch_size: int, num_classes: i
                     GradNorms(model) if args.log_grad_norms else None), epochs
 
 
-def compile_mode(args: Arguments, device: torch.device) -> str:
-    """--compile-mode. A CUDA graph writes the gradients of each replay to the same memory, where none can be accumulated."""
+def compile_mode(args: Arguments, world: World) -> str:
+    """--compile-mode. A CUDA graph writes the gradients of each replay to the same memory, where none can be accumulated; DistributedDataParallel
+    splits a model at its buckets, and older versions of torch then record again at every step."""
     if args.compile_mode != "auto":
         return args.compile_mode
-    return "reduce-overhead" if device.type == "cuda" and args.grad_accum_steps == 1 else "default"
+    return "reduce-overhead" if world.device.type == "cuda" and world.world_size == args.grad_accum_steps == 1 else "default"
 
 
 def build_criterion(model: nn.Module, num_classes: int, args: Arguments, world: World) -> nn.Module:

@@ -300,12 +300,12 @@ def test_both_spellings_defaults_and_read_only_arguments():
     assert caught.value.code == 0
 
 
-@pytest.mark.parametrize(("device", "flags", "mode"), [
-    ("cuda", [], "reduce-overhead"), ("cuda", ["--grad-accum-steps", "2"], "default"), ("cpu", [], "default"), ("cuda", ["--compile-mode", "default"], "default"),
-    ("cuda", ["--compile-mode", "max-autotune"], "max-autotune")])
-def test_compile_mode(device, flags, mode):
+@pytest.mark.parametrize(("device", "size", "flags", "mode"), [
+    ("cuda", 1, [], "reduce-overhead"), ("cuda", 1, ["--grad-accum-steps", "2"], "default"), ("cuda", 2, [], "default"), ("cpu", 1, [], "default"),
+    ("cuda", 1, ["--compile-mode", "default"], "default"), ("cuda", 2, ["--compile-mode", "max-autotune"], "max-autotune")])
+def test_compile_mode(device, size, flags, mode):
     args, _ = parse(["--data-set", "DIGITS", "--compile", *flags], lambda args: None)
-    assert main.compile_mode(args, torch.device(device)) == mode
+    assert main.compile_mode(args, main.World(0, size, torch.device(device))) == mode
 
 
 def test_learning_rate_line(capfd):

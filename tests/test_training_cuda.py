@@ -83,7 +83,8 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkey
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("options", [("--batch-size", "16", "--deterministic"), (*MICRO, "--compile")], ids=["tiny", "compiled micro"])
+@pytest.mark.parametrize("options", [("--batch-size", "16", "--deterministic"), (*MICRO, "--compile", "--compile-mode", "reduce-overhead")],
+                         ids=["tiny", "micro as CUDA graphs"])
 def test_two_gpus_repeat_to_the_bit_and_agree_with_one(cifar, tmp_path, options):
     """The kernels on cuda:1, under DistributedDataParallel, in bfloat16; evaluation of the same file on one and on two GPUs."""
     for name in ("one", "two"):
