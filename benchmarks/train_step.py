@@ -29,7 +29,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     model = build(name, options.input_size).cuda().train(not options.inference)
     images = torch.randn(options.batch_size, 3, options.input_size, options.input_size, device="cuda")
-    targets = torch.randint(1000, (options.batch_size,), device="cuda")
+    targets = torch.randint(model.num_classes, (options.batch_size,), device="cuda")
     forward = torch.compile(model, mode=options.compile_mode) if options.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)

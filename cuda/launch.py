@@ -32,9 +32,10 @@ def _new_enough(device: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def runs_here() -> bool:
-    """Whether the current GPU has what the kernels are made of: compute capability 8.0, for cp.async. Where not, one warning."""
-    return _new_enough(torch.cuda.current_device())
+def runs_on(device: int | None) -> bool:
+    """Whether a GPU has what the kernels are made of: compute capability 8.0, for cp.async. Where not, one warning. A fake tensor's GPU, on a machine
+    without any, has it."""
+    return not torch.cuda.is_available() or _new_enough(torch.cuda.current_device() if device is None else device)
 
 
 @lru_cache(maxsize=None)

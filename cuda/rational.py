@@ -1,7 +1,7 @@
 """The CUDA path of kan_basis.rational: two operators, kan::rational and kan::rational_backward, on the kernels of rational.cu.
 
 Registered without CuPy, which is imported at the first launch; fake kernels make them opaque to torch.compile and torch.export.
-Checks, autograd and the choice between this and the definition are in kan_basis/rational.py.
+Checks, autograd (of the operators too) and the choice between this and the definition are in kan_basis/rational.py.
 """
 import math
 from functools import lru_cache
@@ -100,9 +100,9 @@ def backward(grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, di
     return (grad_x, grad_a if a is numerator else grad_a.to(numerator.dtype), grad_b if b is denominator else grad_b.to(denominator.dtype))
 
 
-_library = torch.library.Library("kan", "DEF")
-_library.define("rational(Tensor x, Tensor numerator, Tensor denominator, int dim) -> Tensor")
-_library.define("rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, int dim) -> (Tensor, Tensor, Tensor)")
+library = torch.library.Library("kan", "DEF")
+library.define("rational(Tensor x, Tensor numerator, Tensor denominator, int dim) -> Tensor")
+library.define("rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, int dim) -> (Tensor, Tensor, Tensor)")
 
 
 @lru_cache(maxsize=4096)
@@ -126,15 +126,15 @@ def _backward_operator(grad: Tensor, x: Tensor, numerator: Tensor, denominator: 
     return backward(grad, x, numerator, denominator, dim % x.ndim)
 
 
-_library.impl("rational", _forward_operator, "CUDA")
-_library.impl("rational_backward", _backward_operator, "CUDA")
+library.impl("rational", _forward_operator, "CUDA")
+library.impl("rational_backward", _backward_operator, "CUDA")
 
 
-@torch.library.register_fake("kan::rational", lib=_library)
+@torch.library.register_fake("kan::rational", lib=library)
 def _(x, numerator, denominator, dim):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("kan::rational_backward", lib=_library)
+@torch.library.register_fake("kan::rational_backward", lib=library)
 def _(grad, x, numerator, denominator, dim):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, numerator, denominator))

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 try:  # registers the operators; CuPy is imported at the first launch
     from cuda import launch, rational as kernel
 except ImportError as error:  # another package of that name
-    kernel, _why_not = None, f"the kernels in cuda/ cannot be imported ({error})"
+    kernel, _operators, _why_not = None, None, f"the kernels in cuda/ cannot be imported ({error})"
 else:
+    _operators = kernel.library
     kernel, _why_not = (kernel, "") if launch.available() else (None, "CuPy is not installed (pip install cupy-cuda13x)")
 
 CHUNK = 1 << 18  # elements evaluated at once on the CPU: the temporaries of one chunk stay in its caches
@@ -55,13 +56,18 @@ def _warn_once() -> None:
     warnings.warn(f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {_why_not}", stacklevel=4)
 
 
+@torch.compiler.assume_constant_result  # a compiler calls it where it would warn about the warning
+def _warn() -> bool:
+    _warn_once()
+    return True
+
+
 def _path(watched: bool) -> str:
     """Where to compute what the kernels support: "kernel"; "operator", the same through torch's dispatcher; "definition"."""
     if _choice == "torch" or watched and torch.onnx.is_in_onnx_export():
         return "definition"
     if kernel is None:
-        if not torch.compiler.is_compiling():
-            _warn_once()
+        _warn()
         return "definition"
     return "operator" if watched else "kernel"
 
@@ -102,11 +108,16 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
     watched = _watched(x, numerator, denominator)
     supported = (_check if watched else _check_once)(x.shape, x.dtype, x.device, numerator.shape, numerator.dtype, numerator.device,
                                                      denominator.shape, denominator.dtype, denominator.device, channel_dim)
-    if not x.is_meta and x.dtype is not torch.float64 and torch.is_autocast_enabled(device := "cuda" if x.is_cuda else x.device.type):
-        x = x.to(torch.get_autocast_dtype(device))
+    # the first question answers most calls and takes a fifth of the time
+    if torch._C._is_any_autocast_enabled() and not x.is_meta and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x if x.dtype is dtype else x.to(dtype)
     dim, path = channel_dim % x.ndim, _path(watched) if supported else "definition"
-    if path != "definition" and torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
-        return _forward_kernel(path)(x, numerator, denominator, dim)  # as below, without autograd's cost
+    if path == "operator":
+        return torch.ops.kan.rational(x, numerator, denominator, dim)
+    if path == "kernel" and torch.autograd.forward_ad._current_level < 0 and not (
+            torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
+        return kernel.forward(x, numerator, denominator, dim)  # as below, without autograd's cost
     if watched and torch.onnx.is_in_onnx_export():
         return _evaluate(x, numerator, denominator, dim)
     return _Rational.apply(x, numerator, denominator, dim, path)
@@ -127,18 +138,24 @@ def _check(shape, dtype, device, a_shape, a_dtype, a_device, b_shape, b_dtype, b
         if shape[channel_dim] % its_shape[0]:
             raise ValueError(f"rational: the {shape[channel_dim]} channels of x {tuple(shape)} (dimension {channel_dim}) "
                              f"do not divide into the {its_shape[0]} groups of {name} {tuple(its_shape)}")
-    return device.type == "cuda" and (kernel is None or kernel.supports(shape, dtype, a_shape, b_shape, channel_dim) and launch.runs_here())
+    return device.type == "cuda" and (kernel is None or kernel.supports(shape, dtype, a_shape, b_shape, channel_dim) and launch.runs_on(device.index))
 
 
 _check_once = lru_cache(maxsize=4096)(_check)  # for sizes that are plain numbers, which a compiler's are not
 
 
-def _forward_kernel(path: str):
-    return kernel.forward if path == "kernel" else torch.ops.kan.rational
-
-
 def _traced() -> bool:
     return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
+def _abs(t: Tensor) -> Tensor:
+    """|t|, with the derivative +1 at 0 where an exporter takes the definition apart and differentiates it by itself."""
+    return torch.where(t < 0, -t, t) if torch.compiler.is_compiling() else t.abs()
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether these are several gradients at once, of is_grads_batched."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
@@ -153,7 +170,7 @@ def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
     """P / Q for x (outer, C, inner); a and b = |b_j| hold one (C, 1) column per coefficient."""
-    return _horner(a, x).div_(_horner([torch.ones_like(b[0]), *b], x.abs()))
+    return _horner(a, x).div_(_horner([torch.ones_like(b[0]), *b], _abs(x)))
 
 
 def _backward(grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], coefficients: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,10 +182,11 @@ def _backward(grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], coeffic
     y = _horner(a, x).div_(q)
     t = grad / q
     r = _horner([i * c for i, c in enumerate(a[1:], 1)], x) if len(a) > 1 else torch.zeros_like(x)
-    grad_x = r.addcmul_(y, s, value=-1).mul_(t)
+    times = torch.mul if _is_batch(t) else Tensor.mul_
+    grad_x = times(r.addcmul_(y, s, value=-1), t)
     if not coefficients:
         return grad_x, x.new_zeros(x.shape[1], len(a)), x.new_zeros(x.shape[1], len(b))
-    w = y.mul_(t).neg_()
+    w = times(y, t).neg_()
     grad_a, grad_b = [_channel_sum(t)], []
     for _ in a[1:]:
         grad_a.append(_channel_sum(t.mul_(x)))  # t = grad x^i / Q
@@ -194,7 +212,7 @@ def _prepare(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int):
     channels = x.shape[dim]
     x3 = x.reshape(math.prod(x.shape[:dim]), channels, math.prod(x.shape[dim + 1:]))
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return x3, dtype, _per_channel(numerator, channels, dtype), _per_channel(denominator.abs(), channels, dtype)
+    return x3, dtype, _per_channel(numerator, channels, dtype), _per_channel(_abs(denominator), channels, dtype)
 
 
 def _evaluate(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> Tensor:
@@ -213,22 +231,18 @@ class _Rational(torch.autograd.Function):
     def forward(ctx, x: Tensor, numerator: Tensor, denominator: Tensor, dim: int, path: str) -> Tensor:
         ctx.save_for_backward(x, numerator, denominator)
         ctx.dim, ctx.path = dim, path
-        if path != "definition":
-            return _forward_kernel(path)(x, numerator, denominator, dim)
-        return _evaluate(x, numerator, denominator, dim)
+        return (kernel.forward if path == "kernel" else _evaluate)(x, numerator, denominator, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("rational is differentiable once: it has no second derivatives (create_graph=True)")
+        _refuse_second_derivatives()
         x, numerator, denominator = ctx.saved_tensors
-        if ctx.path != "definition":
-            operator = ctx.path == "operator" or _watched(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
-            run = torch.ops.kan.rational_backward if operator else kernel.backward
+        if ctx.path == "kernel":
+            run = torch.ops.kan.rational_backward if _is_batch(grad) or _watched(grad) else kernel.backward
             return *run(grad, x, numerator, denominator, ctx.dim), None, None
         x3, dtype, a, b = _prepare(x, numerator, denominator, ctx.dim)
         grad3, coefficients = grad.reshape(x3.shape), any(ctx.needs_input_grad[1:3])
-        if _whole(x):
+        if _is_batch(grad) or _whole(x):
             grad_x, sum_a, sum_b = _backward(grad3.to(dtype), x3.to(dtype), a, b, coefficients)
             grad_x = grad_x.to(x.dtype)
         else:
@@ -240,6 +254,25 @@ class _Rational(torch.autograd.Function):
                 sum_b += part_b
         sign = torch.where(denominator < 0, -1, 1)  # sign(0) = +1
         return grad_x.reshape(x.shape), _per_group(sum_a, numerator), _per_group(sum_b, denominator) * sign, None, None
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("rational is differentiable once: it has no second derivatives (create_graph=True)")
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.dim = inputs[3]
+
+
+def _operator_backward(ctx, grad: Tensor):
+    _refuse_second_derivatives()
+    return *torch.ops.kan.rational_backward(grad, *ctx.saved_tensors, ctx.dim), None
+
+
+if _operators is not None:
+    torch.library.register_autograd("kan::rational", _operator_backward, setup_context=_save, lib=_operators)
 
 
 def _whole(x: Tensor) -> bool:
@@ -320,7 +353,10 @@ class GroupRational(nn.Module):
             weight.copy_(torch.tensor(values, dtype=torch.float64).expand_as(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rational(x, self.weight_numerator, self.weight_denominator, self.channel_dim)
+        numerator, denominator = self._parameters.get("weight_numerator"), self._parameters.get("weight_denominator")  # a third of the time of self.
+        if numerator is None or denominator is None:  # parametrized, or a replica
+            numerator, denominator = self.weight_numerator, self.weight_denominator
+        return rational(x, numerator, denominator, self.channel_dim)
 
     def extra_repr(self) -> str:
         return (f"{self.weight_denominator.shape[0]} groups, numerator groups {self.weight_numerator.shape[0]}, "

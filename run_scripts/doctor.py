@@ -18,11 +18,16 @@ def gpu() -> str:
     import torch
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU: everything runs on the CPU; if there is one, see what nvidia-smi says and update the driver")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        raise RuntimeError(f"{names[0]} is of compute capability {major}.{minor}; the kernels need 8.0 (A100) or newer: KAN_KERNEL=torch")
-    return f"{', '.join(names)}, compute capability {major}.{minor}"
+    built = [int(code.split("_")[1].rstrip("af")) for code in torch.cuda.get_arch_list()]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        found.append(f"{name} (compute capability {major}.{minor})")
+        if not any(code // 10 <= major for code in built):
+            raise RuntimeError(f"torch {torch.__version__} is not built for {found[-1]}: install one that is, see https://pytorch.org/get-started")
+        if major < 8:
+            raise RuntimeError(f"{found[-1]} has no kernels, which need 8.0 (A100) or newer: KAN_KERNEL=torch computes in plain PyTorch")
+    return ", ".join(found)
 
 
 def cupy_build() -> str:
@@ -54,21 +59,24 @@ def kernels() -> str:
     import torch
 
     from kan_basis.rational import preset_coefficients, rational, use_kernel
-    torch.manual_seed(0)
-    x = torch.randn(64, 197, 192, device="cuda")
-    a, b = (torch.tensor([v], device="cuda") for v in preset_coefficients("swish", (5, 4)))
+    errors = []
 
     def gradients(dtype: torch.dtype, choice: str) -> list[torch.Tensor]:
         use_kernel(choice)
-        inputs = [t.to(dtype).requires_grad_() for t in (x, a, b)]
-        y = rational(*inputs)
-        return [y, *torch.autograd.grad(y, inputs, torch.cos(3 * x).to(dtype))]
+        live = [t.to(dtype).requires_grad_() for t in inputs]
+        y = rational(*live)
+        return [y, *torch.autograd.grad(y, live, torch.cos(3 * inputs[0]).to(dtype))]
 
     try:
-        exact = gradients(torch.float64, "torch")
-        errors = [((got - want).norm() / want.norm()).item() for got, want in zip(gradients(torch.float32, "cuda"), exact)]
+        for index in range(torch.cuda.device_count()):
+            inputs = [torch.linspace(-4, 4, 64 * 197 * 192).view(64, 197, 192).to(f"cuda:{index}"),
+                      *(torch.tensor([v], device=f"cuda:{index}") for v in preset_coefficients("swish", (5, 4)))]
+            exact = gradients(torch.float64, "torch")
+            errors += [((got - want).norm() / want.norm()).item() for got, want in zip(gradients(torch.float32, "cuda"), exact)]
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("a GPU has no memory left for 100 MB: end what nvidia-smi shows there") from error
     except Exception as error:
-        raise RuntimeError(f"the rational kernel does not run ({error}): KAN_KERNEL=torch goes without it") from error
+        raise RuntimeError(f"the rational kernel does not run ({error}): if torch itself runs there, KAN_KERNEL=torch goes without it") from error
     if not max(errors) < 1e-5:
         raise RuntimeError(f"the rational kernel is wrong here, relative error {max(errors):.1e}: use KAN_KERNEL=torch, and please report it")
     return f"rational kernel compiled and run, largest relative error {max(errors):.1e} against float64"

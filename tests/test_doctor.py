@@ -35,11 +35,18 @@ def test_faults_come_with_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     assert str(tmp_path / "cache") in doctor.cache()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "Tesla V100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (7, 0))
-    with pytest.raises(RuntimeError, match="V100 is of compute capability 7.0; the kernels need 8.0"):
+    gpus = [("H100", (9, 0)), ("Tesla V100", (7, 0))]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index][1])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_90a", "compute_120"])
+    with pytest.raises(RuntimeError, match="V100 .compute capability 7.0. has no kernels, which need 8.0"):
         doctor.gpu()
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    with pytest.raises(RuntimeError, match="is not built for Tesla V100 .*: install one that is"):
+        doctor.gpu()
+    gpus.pop()
+    assert doctor.gpu() == "H100 (compute capability 9.0)"
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(RuntimeError, match="build without CUDA"):
         doctor.torch_build()

@@ -38,15 +38,19 @@ def test_a_kernel_for_a_device_that_is_not_the_current_one(monkeypatch):
 def test_an_old_gpu_is_said_once_and_seen_by_a_compiler(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == 6 else (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)
-    chosen = torch.compile(lambda x: x + launch.runs_here(), fullgraph=True, backend="aot_eager")
+    launch._new_enough.cache_clear()
+    with warnings.catch_warnings(record=True):
+        compiled = torch.compile(lambda x: x + launch.runs_on(6), fullgraph=True, backend="aot_eager")
+        assert bool(compiled(torch.zeros(1))) is not torch.cuda.is_available()  # without any GPU it is a fake tensor's
+    launch._new_enough.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.warns(UserWarning, match="need a GPU of compute capability 8.0, and Tesla T4 has 7.5"):
-        assert not launch.runs_here()
+        assert not launch.runs_on(6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not launch.runs_here() and chosen(torch.zeros(1)) == 0
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
-        assert launch.runs_here()
+        assert not launch.runs_on(6) and launch.runs_on(7) and launch.runs_on(None)
+    launch._new_enough.cache_clear()
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])

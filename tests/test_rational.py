@@ -230,3 +230,21 @@ def test_onnx_export(dynamo, tmp_path):
     session = runtime.InferenceSession(str(tmp_path / "layer.onnx"))
     got, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), layer(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_definition_trains_denominators_that_start_at_zero():
+    x, layer = torch.randn(4, 96), GroupRational(8, "identity", num_channels=96)
+    x[:, ::7] = 0
+    program = torch.export.export(layer, (x,)).module()
+    want, found = (torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for model in (layer, program))
+    for p, q in zip(want, found):
+        torch.testing.assert_close(q, p)
+    assert want[1].abs().min() > 0
+
+
+def test_several_gradients_at_once():
+    x = torch.randn(4, 96, requires_grad=True)
+    y, directions = GroupRational(8, num_channels=96)(x), torch.randn(3, 4, 96)
+    batch, = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    for own, direction in zip(batch, directions):
+        torch.testing.assert_close(own, torch.autograd.grad(y, x, direction, retain_graph=True)[0])

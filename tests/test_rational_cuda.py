@@ -174,6 +174,18 @@ def test_traced_for_any_batch(operators_on_the_cpu):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_an_exported_program_trains_as_the_layer_does(operators_on_the_cpu):
+    x, layers = torch.randn(5, 96), torch.nn.Sequential(torch.nn.Linear(96, 96), GroupRational(8, "identity"), torch.nn.Linear(96, 2))
+    program = torch.export.export(layers, (x,)).module()
+    assert "kan.rational" in str(program.graph)
+    want, found = (torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for model in (layers, program))
+    for (name, _), p, q in zip(layers.named_parameters(), want, found):
+        torch.testing.assert_close(q, p, msg=name)
+    live = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(torch.ops.kan.rational(live, *(p.detach() for p in layers[1].parameters()), 1).sum(), live, create_graph=True)
+
+
 def inputs(shape, dim, a_rows, b_rows, dtype, degrees=(5, 4)):
     x, g = (2 * torch.randn(shape, device="cuda")).to(dtype), torch.randn(shape, device="cuda").to(dtype)
     return x, 0.3 * torch.randn(a_rows, degrees[0] + 1, device="cuda"), 0.3 * torch.randn(b_rows, degrees[1], device="cuda"), g
