@@ -91,7 +91,7 @@ def get_args_parser() -> Parser:
                    "given, else DIGITS)")
     g.add_argument("--data-path", "--data-dir", help="folder of the data; downloads go there (default: ./data)")
     g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT and INAT19 are classified by")
-    g.add_argument("--input-size", "--img-size", type=int, default=224, help="image side, pixels")
+    g.add_argument("--input-size", "--img-size", type=int, default=224, help="image side, pixels; of models for one size, such as *_32, the default is that")
     g.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="channel means of the normalisation")
     g.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="channel deviations of the normalisation")
     g.add_argument("--eval-crop-ratio", "--crop-pct", type=float, default=0.875, help="evaluation crops this share of the image")
@@ -246,11 +246,16 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         raise UserError("--finetune and --resume FILE do not go together: one starts a training, the other goes on with it")
     if first.data and first.data_path:
         raise UserError(f"the data are in two places, {first.data} and --data-path {first.data_path}: name one")
+    if first.data and not os.path.exists(first.data):
+        raise UserError(f"the data folder {first.data} does not exist; a word that follows no flag which takes one is the data folder")
     folder = first.data or first.data_path
     parser.set_defaults(data_set="IMNET" if folder else "DIGITS", data_path="./data", model="kat_tiny_patch16_224", **(TIMM_DEFAULTS if first.data else {}))
     checkpoint = load(first)
     if first.eval and first.resume == "auto" and checkpoint is None:
         raise UserError(f"--resume auto finds no checkpoint in {first.output_dir or 'an empty --output-dir'}")
+    named = first.model or checkpoint and (checkpoint.get("args") or {}).get("model") or parser.get_default("model")
+    if (cfg := timm.get_pretrained_cfg(named, allow_unregistered=True)) and cfg.fixed_input_size:
+        parser.set_defaults(input_size=cfg.input_size[-1])
     if checkpoint is not None:
         known = {action.dest for action in parser._actions} - NOT_RESUMED - (TRAINING_ONLY if first.eval else set())
         theirs = checkpoint.get("args") or {}
@@ -312,6 +317,7 @@ def _check(a: Arguments) -> None:
         (mixing(a) and a.batch_size % 2 and not a.eval, f"mixup and cutmix need an even --batch-size, not {a.batch_size}"),
         (a.opt == "adahessian" and "kat_" in a.model and a.mlp_basis in (None, "rational"),
          "--opt adahessian needs second derivatives, which the rational functions do not have"),
+        (a.attn_lr == float("inf") or a.lr == float("inf"), "--lr and --attn-lr must be finite"),
         (min(a.std) <= 0, f"--std must be positive, not {a.std}"),
     ]
     faults += [(getattr(a, name) < least, f"--{name.replace('_', '-')} must be at least {least}, not {getattr(a, name)}")

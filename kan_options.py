@@ -206,7 +206,7 @@ def _try(a: Namespace) -> None:
     try:
         with torch.device("meta"):
             timm.create_model(a.model.split(".")[0], **options)
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UserError(f"cannot build {a.model}: {first_line(error)}") from error
 
 

@@ -29,6 +29,8 @@ class UserError(Exception):
 def first_line(error: Exception) -> str:
     if size := re.search(r"tried to allocate (\d+) bytes", str(error)):  # of torch's allocator on the CPU
         return f"a tensor of {int(size[1]) / 2**30:,.0f} GiB does not fit into memory"
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"unknown {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

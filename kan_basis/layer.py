@@ -103,7 +103,7 @@ class KANLayer(nn.Module):
         rows = x.transpose(0, 1).reshape(h, B * M, N)
         out = self._linear(rows) if self.basis.linear else self._edges(rows)
         if self.base_fn is not None:
-            out = out + torch.bmm(self._base(rows).to(x.dtype), self.scale_base.to(x.dtype).mT)
+            out = out + torch.bmm(self._base(rows).to(x.dtype), self.scale_base.to(x.dtype).transpose(-1, -2))
         return out.reshape(h, B, M, self.out_features).transpose(0, 1)
 
     def _base(self, rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def build_model(args: Arguments, num_classes: int | None, weights_follow: bool =
             model.set_grad_checkpointing(True)
         with torch.no_grad():  # a size that does not fit shows here, not after the data are loaded
             model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError, ArithmeticError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
         raise UserError(f"cannot build {args.model}: {first_line(error)}") from error
     return model
 

@@ -47,7 +47,7 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
         return scores.unflatten(0, query.shape[:2]) * scale
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        return query.to(dtype) @ key.to(dtype).mT * scale
+        return query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
 
 
 class KArAtAttention(Attention):
@@ -196,12 +196,11 @@ def parse_blocks(blocks: str | list[int] | None, depth: int) -> list[int]:
         ranges = [(int(first), int(last if dash else first)) for first, dash, last in parts]
     except (ValueError, TypeError) as error:
         raise ValueError(f"karat_blocks must be like '0-3,11' or a list of numbers, not {blocks!r}") from error
-    chosen = sorted({block for first, last in ranges for block in range(first, last + 1)})
     if any(first > last for first, last in ranges):
         raise ValueError(f"karat_blocks {blocks!r} has a range that runs backwards")
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+    if not ranges or any(first < 0 or last >= depth for first, last in ranges):
         raise ValueError(f"karat_blocks {blocks!r} must name blocks from 0 to {depth - 1}")
-    return chosen
+    return sorted({block for first, last in ranges for block in range(first, last + 1)})
 
 
 def _karat_heads(total: int, num_attention: int | None, mixed_head: bool) -> int:

@@ -90,7 +90,7 @@ class KArAtOperator(nn.Module):
         """All stages up to the last layer of functions: (B, h, M, N) -> (B, h, M, r or N). Only its products follow autocast."""
         with torch.autocast(scores.device.type, enabled=False):
             if self.project_in is not None:
-                scores = scores @ self.project_in.to(scores.dtype).mT
+                scores = scores @ self.project_in.to(scores.dtype).transpose(-1, -2)
             for layer in self.layers[:-1]:
                 scores = layer(scores)
         return self.layers[-1](scores)
@@ -99,7 +99,7 @@ class KArAtOperator(nn.Module):
         """sigma of each row: (B, h, M, N) -> (B, h, M, N)."""
         sigma = self.functions(scores)
         if self.project_out is not None:
-            sigma = sigma @ self.project_out.to(sigma.dtype).mT
+            sigma = sigma @ self.project_out.to(sigma.dtype).transpose(-1, -2)
         if self.output_scale is not None:
             sigma = sigma * self.output_scale
         return project_l1(sigma) if self.project_l1 else sigma
@@ -108,7 +108,7 @@ class KArAtOperator(nn.Module):
         """sigma(A) V: (B, h, M, N), (B, h, N, d) -> (B, h, M, d), as Phi(A) (W^T V) where nothing stands between W and V."""
         if self.project_out is None or self.project_l1 or dropout:
             return F.dropout(self(scores), dropout).to(value.dtype) @ value
-        values = self.project_out.to(value.dtype).mT @ value  # (B, h, r, d)
+        values = self.project_out.to(value.dtype).transpose(-1, -2) @ value  # (B, h, r, d)
         if self.output_scale is not None:
             values = values * self.output_scale.to(values.dtype)
         return self.functions(scores).to(values.dtype) @ values

@@ -29,6 +29,8 @@ def get_args_parser() -> Parser:
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="a path, a URL or hf_hub:USER/NAME")
     p.add_argument("--model", help="the checkpoint's model (default: what the checkpoint or its name says)")
+    p.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="its options, where the checkpoint does not say them, such as act_init=relu")
+    p.add_argument("--input-size", type=int, help="image side, pixels (default: the checkpoint's)")
     p.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print for each image (default: 5)")
     p.add_argument("--classes", metavar="FILE", help="names of the outputs, one a line (default: the checkpoint's, else ImageNet's)")
     p.add_argument("--use-ema", action=BooleanOptionalAction, help="averaged or raw weights (default: the better ones if the checkpoint says so, else "
