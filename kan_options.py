@@ -9,6 +9,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 import timm
 import torch
+from torch import nn
 
 from kan_basis import BASES
 from kan_basis.basis import INITS as KARAT_INITS
@@ -35,6 +36,7 @@ MLP = {name: name for name in ("mlp_basis", "mlp_grid", "mlp_order", "mlp_grid_r
 MLP |= {"mlp_degrees": "degrees", "mlp_groups": "num_groups", "mlp_numerator_groups": "numerator_groups"}
 FLASH_KAT = {"num_groups": "den_groups", "numerator_groups": "num_groups"}  # FlashKAT's names of these
 MODEL_FLAGS = (*ATTENTION, *MLP)
+_REFUSALS = (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, IndexError)  # of a model's constructor
 
 
 def add_arguments(p: ArgumentParser) -> None:
@@ -200,13 +202,25 @@ def _words(flag: str, value) -> str:
     return " ".join(["--" + flag.replace("_", "-"), *map(str, words)])
 
 
+def model_of(theirs: dict) -> nn.Module | None:
+    """The model that settings of a checkpoint of ours are of, without memory for its parameters; None where it cannot be built."""
+    settings = Namespace(**{**dict.fromkeys(MODEL_FLAGS), **theirs, "model_kwargs": without_unknown_presets(theirs.get("model_kwargs") or {})})
+    try:
+        return _on_meta(settings) if timm.is_model(settings.model.split(".")[0]) else None
+    except _REFUSALS:
+        return None
+
+
+def _on_meta(a: Namespace) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(a.model.split(".")[0], **{"img_size": a.input_size, **model_options(a), **a.model_kwargs, "num_classes": 1})
+
+
 def _try(a: Namespace) -> None:
     """Builds the model without memory for its parameters: its constructor knows best what it does not take."""
-    options = {"img_size": a.input_size, **model_options(a), **a.model_kwargs, "num_classes": 1}
     try:
-        with torch.device("meta"):
-            timm.create_model(a.model.split(".")[0], **options)
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, IndexError) as error:
+        _on_meta(a)
+    except _REFUSALS as error:
         raise UserError(f"cannot build {a.model}: {first_line(error)}") from error
 
 

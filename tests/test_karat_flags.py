@@ -12,9 +12,10 @@ import main
 from arguments import parse
 from groups import GradNorms, kind, optimizer_groups
 from kan_basis import BASES
-from kan_options import model_options
+from kan_options import model_of, model_options
 from losses import DistillationLoss
 from models.build import build_model, freeze_all_but_attention
+from models.load import load_matching
 from tests.test_main import call, log
 
 NAME = "vit_micro_patch8_32_karat"
@@ -204,7 +205,42 @@ def test_finetuning_takes_the_options_of_the_file(trained, capfd):
     assert call("--model", NAME.replace("vit", "kat"), *still, "--finetune", trained["options"]) == 0
     assert f"unlike this model, that of {trained['options']} was trained with --base-fn nn.SiLU; with --project-l1\n" in capfd.readouterr().out
     assert call(*still, "--finetune", trained["spline"], "--basis-type", "FourierBasis") == 0  # its --order goes with its basis
-    assert "with --basis-type SplineBasis, not --basis-type FourierBasis; with --order 2" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "with --basis-type SplineBasis, not --basis-type FourierBasis; with --order 2" in out and "of another basis, not loaded: blocks.{0-1}.attn" in out
+
+
+@pytest.mark.parametrize("theirs, own", [
+    ("", "--basis-type SplineBasis"), ("--basis-type SplineBasis", "--grid 3"), ("", "--basis-type SplineBasis --universal"), ("", "--grid 4"),
+    ("--basis-type WaveletBasis", "--basis-type WaveletBasis --wavelet-type dog"),
+    ("--basis-type RationalBasis", "--basis-type RationalBasis --rational-version A"),
+    ("--basis-type RationalBasis", "--basis-type RationalBasis --rational-order 4 5"),
+    ("--basis-type SplineBasis", "--basis-type SplineBasis --grid-range -2 2"), ("--basis-type SplineBasis", "--basis-type SplineBasis --grid 4 --order 2"),
+    ("--mlp-basis fourier", "--mlp-basis spline"), ("--mlp-basis spline", "--mlp-basis spline --mlp-grid-range -2 2"),
+    ("--mlp-basis wavelet", "--mlp-basis wavelet --mlp-wavelet dog")])
+@pytest.mark.parametrize("size", [32, 48])
+def test_functions_of_another_basis_start_anew(theirs, own, size):
+    name = "kat_micro_patch8_32_karat"
+    universal = " --universal" if "--universal" in own else ""
+    settings, _ = parse(["--model", name, "--input-size", "32", *(theirs + universal).split()], lambda args: None)
+    state = {key: value + 1 for key, value in build_model(settings, 10).state_dict().items()}
+    model = built(f"{own} --input-size {size}", name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lines = load_matching(model, state, "file", trained=model_of(settings.plain()))
+    anew = "mlp.act" if "mlp" in own else "karat." if universal else "operator."
+    assert {key for key, value in model.state_dict().items() if torch.equal(value, before[key])} == {key for key in before if anew in key}
+    listed = next(line for line in lines if "of another basis, not loaded" in line)
+    assert all(word in listed for word in (("act1", "act2") if "mlp" in own else ("project_out", "coefficients", "scale_basis")))
+    same = built(f"{theirs}{universal} --input-size {size}", name)
+    assert "another basis" not in "".join(load_matching(same, state, "file", trained=model_of(settings.plain())))
+
+
+def test_blocks_of_another_grid_start_anew_and_the_others_are_taken():
+    settings, _ = parse([*BASE, "--basis-type", "SplineBasis", "--grid", "1", "2", "3", "4"], lambda args: None)
+    state = {key: value + 1 for key, value in build_model(settings, 10).state_dict().items()}
+    model = built("--basis-type SplineBasis --grid 1 3 2 4")
+    lines = load_matching(model, state, "file", trained=model_of(settings.plain()))
+    assert [torch.equal(op.project_out, state[f"blocks.{i}.attn.operator.project_out"]) for i, op in enumerate(operators(model))] == [True, False, False, True]
+    assert "of another basis, not loaded: blocks.{1-2}.attn.operator.project_out" in "".join(lines)
 
 
 def test_a_teacher_has_the_options_of_its_file_and_the_size_of_the_student(trained, monkeypatch):
