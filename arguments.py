@@ -265,6 +265,8 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         theirs = {**theirs, "model_kwargs": kan_options.without_unknown_presets(theirs.get("model_kwargs") or {})}
         parser.set_defaults(**{k: v for k, v in theirs.items() if k in known})
     args = parser.parse_intermixed_args(argv, Arguments())
+    if checkpoint is not None and first.finetune:  # also where --resume auto goes on with what it started
+        args.model_kwargs = {**theirs["model_kwargs"], **args.model_kwargs}
     args.timm_style, args.data_path = args.data is not None, os.path.abspath(args.data or args.data_path)  # to be evaluated from any folder
     del args.data
     if args.opt.removeprefix("fused") in list_optimizers() and find_spec("apex") is None:

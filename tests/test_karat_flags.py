@@ -243,6 +243,31 @@ def test_blocks_of_another_grid_start_anew_and_the_others_are_taken():
     assert "of another basis, not loaded: blocks.{1-2}.attn.operator.project_out" in "".join(lines)
 
 
+@pytest.mark.parametrize("theirs, given, expected", [
+    ("--modular-attn --modular-mode w1_phi2 --hidden-dim 9", "--depth 2", dict(depth=2, modular_attn=None, modular_mode=None, hidden_dim=[9])),
+    ("--modular-attn --modular-mode w1_phi2", "--depth 3 --modular-attn", dict(depth=3, modular_attn=True, modular_mode="w1_phi2")),
+    ("--modular-attn --modular-mode phi1_w2 --hidden-dim 12", "--depth 1", dict(depth=1, modular_attn=None, modular_mode=None, hidden_dim=None)),
+    ("--modular-attn --modular-mode phi1_w2 --hidden-dim 12", "--model-kwargs karat_depth=1",
+     dict(depth=None, modular_attn=None, hidden_dim=None, model_kwargs={"karat_depth": 1})),
+    ("--grid 1 2 3 4 --hidden-dim 4 5 6 7", "--depth 1 --grid 3", dict(depth=1, grid=[3], hidden_dim=None)),
+    ("--depth 1", "--hidden-dim 4", dict(depth=None, hidden_dim=[4])), ("--depth 1", "--modular-attn", dict(depth=None, modular_attn=True)),
+    ("--basis-not-trainable --project-l1 --mixed-head --num-attention 1", "--model-kwargs basis_trainable=True mixed_head=False",
+     dict(basis_not_trainable=None, mixed_head=None, num_attention=None, project_l1=True, model_kwargs={"basis_trainable": True, "mixed_head": False})),
+    ("--universal", "--blockwise", dict(universal=False)), ("--universal", "--model-kwargs universal=False", dict(universal=None)),
+    ("--basis-type SplineBasis --order 2", "--model-kwargs basis_type=fourier", dict(basis_type=None, order=None)),
+    ("--model-kwargs grid=4 depth=2", "--grid 5", dict(grid=[5], model_kwargs={"depth": 2})),
+    ("--model-kwargs basis_type=SplineBasis order=2 depth=2", "--basis-type WaveletBasis", dict(basis_type="WaveletBasis", model_kwargs={"depth": 2})),
+    ("--model-kwargs depth=2", "--model-kwargs drop_path_rate=0.1", dict(model_kwargs={"depth": 2, "drop_path_rate": 0.1}))])
+def test_what_is_given_replaces_the_options_of_the_file_and_what_they_contradict(theirs, given, expected):
+    settings = parse([*BASE, *theirs.split()], lambda args: None)[0].plain()
+    args, _ = parse(["--finetune", "x", *given.split()], lambda args: {"args": settings, "finetune": True})
+    assert {option: getattr(args, option) for option in expected} == expected
+    build_model(args, 10)
+    own = args.plain()
+    again, _ = parse(["--finetune", "x", "--resume", "auto", "--output-dir", "y", *given.split()], lambda args: {"args": own})
+    assert {option: getattr(again, option) for option in expected} == expected
+
+
 def test_a_teacher_has_the_options_of_its_file_and_the_size_of_the_student(trained, monkeypatch):
     taught = []
     monkeypatch.setattr(main, "DistillationLoss", lambda criterion, teacher, *rest: taught.append(teacher) or DistillationLoss(criterion, teacher, *rest))
