@@ -177,8 +177,11 @@ def _in_force(settings: dict) -> tuple[dict, dict[str, str]]:
     return {option: list(value) if isinstance(value, (tuple, list)) else value for option, value in options.items()}, written
 
 
-def check(a: Namespace) -> None:
-    """Raises: UserError, one sentence, for flags that do not fit each other or the model, or values that the model refuses."""
+def check(a: Namespace, inherited: dict | None = None) -> None:
+    """Raises: UserError, one sentence, for flags that do not fit each other or the model, or values that the model refuses.
+
+    Args: inherited, those of the flags that a checkpoint gave.
+    """
     attention, mlp = ([flag for flag in flags if getattr(a, flag) is not None] for flags in ((*ATTENTION, "attn_lr"), MLP))
     attention += ["karat_resample"] * (a.karat_resample != "bicubic")
     for flags, part, what in ((attention, "karat", "models with Kolmogorov-Arnold attention (*_karat)"), (mlp, "kat_", "models with a KAN MLP (kat_*)")):
@@ -202,11 +205,13 @@ def check(a: Namespace) -> None:
     for option in a.model_kwargs.keys() & model_options(a).keys():
         raise UserError(f"--model-kwargs {option}={a.model_kwargs[option]} says what a flag says too: give one of them")
     if (mlp or "karat" in a.model) and timm.is_model(a.model.split(".")[0]):
-        _try(a)
+        _try(a, inherited or {})
 
 
 def check_unchanged(a: Namespace, theirs: dict) -> None:
     """Raises: UserError for a flag that would make another model than the one that a checkpoint of ours, with settings `theirs`, is of."""
+    if any(part in theirs.get("model", "") and part not in a.model for part in ("karat", "kat_")):
+        raise UserError(f"the checkpoint is of {theirs['model']}, not {a.model}: drop --model")
     for difference in differences(vars(a), {"model": a.model, **theirs}):
         raise UserError(f"the checkpoint was trained {difference}: drop the flag")
 
@@ -232,12 +237,15 @@ def _on_meta(a: Namespace) -> nn.Module:
         return timm.create_model(a.model.split(".")[0], **{"img_size": a.input_size, **model_options(a), **a.model_kwargs, "num_classes": 1})
 
 
-def _try(a: Namespace) -> None:
+def _try(a: Namespace, inherited: dict) -> None:
     """Builds the model without memory for its parameters: its constructor knows best what it does not take."""
     try:
         _on_meta(a)
     except _REFUSALS as error:
-        raise UserError(f"cannot build {a.model}: {first_line(error)}") from error
+        lists = {flag: value for flag, value in inherited.items() if flag in ("grid", "hidden_dim") and isinstance(value, list) and len(value) > 1}
+        whose = " and ".join(_words(flag, value) for flag, value in lists.items())
+        whose = f"; the checkpoint has {whose}: give another {' and '.join(_spelling(flag, a) for flag in lists)}"
+        raise UserError(f"cannot build {a.model}: {first_line(error)}{whose if str(error).startswith(tuple(lists)) else ''}") from error
 
 
 def _value(flag: str, value):

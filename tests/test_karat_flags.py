@@ -17,6 +17,7 @@ from losses import DistillationLoss
 from models.build import build_model, freeze_all_but_attention
 from models.load import load_matching
 from tests.test_main import call, log
+from utils import UserError
 
 NAME = "vit_micro_patch8_32_karat"
 BASE = ["--model", NAME, "--input-size", "32", "--device", "cpu"]
@@ -266,6 +267,22 @@ def test_what_is_given_replaces_the_options_of_the_file_and_what_they_contradict
     own = args.plain()
     again, _ = parse(["--finetune", "x", "--resume", "auto", "--output-dir", "y", *given.split()], lambda args: {"args": own})
     assert {option: getattr(again, option) for option in expected} == expected
+
+
+@pytest.mark.parametrize("theirs, given, sentence", [
+    ("--grid 1 2 3 4 --hidden-dim 4 5 6 7", "--finetune x --universal", "cannot build vit_micro_patch8_32_karat: grid must be one value for a universal "
+     "operator, not a list; the checkpoint has --grid 1 2 3 4 and --hidden-dim 4 5 6 7: give another --grid and --hidden-dim"),
+    ("--grid 1 2 3 4 --hidden-dim 4 5 6 7", "--finetune x --universal --grid 3", "hidden_dim must be one value for a universal operator, not a list; the "
+     "checkpoint has --hidden-dim 4 5 6 7: give another --hidden-dim"),
+    ("--hidden-dim 4 5 6 7", "--finetune x --karat-blocks 0-1", "KArAt blocks, not 4; the checkpoint has --hidden-dim 4 5 6 7: give another --hidden-dim"),
+    ("--hidden-dim 4 5 6 7", "--finetune x --grid 1 2", "cannot build vit_micro_patch8_32_karat: grid must have one entry for each of the 4 KArAt blocks, not 2"),
+    ("--universal", "--eval --resume x --model vit_micro_patch8_32", "the checkpoint is of vit_micro_patch8_32_karat, not vit_micro_patch8_32: drop --model"),
+    ("", "--eval --resume x --model kat_micro_patch8_32", "the checkpoint is of vit_micro_patch8_32_karat, not kat_micro_patch8_32: drop --model")])
+def test_sentences_say_what_is_of_the_checkpoint(theirs, given, sentence):
+    settings = parse([*BASE, *theirs.split()], lambda args: None)[0].plain()
+    with pytest.raises(UserError) as error:
+        parse(given.split(), lambda args: {"args": settings, "finetune": bool(args.finetune)})
+    assert str(error.value).endswith(sentence)
 
 
 def test_a_teacher_has_the_options_of_its_file_and_the_size_of_the_student(trained, monkeypatch):
