@@ -270,6 +270,8 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         theirs = {**theirs, "model_kwargs": kan_options.without_unknown_presets(theirs.get("model_kwargs") or {})}
         parser.set_defaults(**{k: v for k, v in theirs.items() if k in known})
     args = parser.parse_intermixed_args(argv, Arguments())
+    if checkpoint is not None and first.finetune:  # also where --resume auto goes on with what it started
+        args.model_kwargs = {**theirs["model_kwargs"], **args.model_kwargs}
     args.timm_style, args.data_path = args.data is not None, os.path.abspath(args.data or args.data_path)  # to be evaluated from any folder
     del args.data
     if args.opt.removeprefix("fused") in list_optimizers() and find_spec("apex") is None:
@@ -279,11 +281,11 @@ def parse(argv: list[str] | None, load) -> tuple[Arguments, dict | None]:
         args.run_name = os.path.basename(os.path.abspath(args.output_dir)) if args.output_dir else args.model
     if checkpoint is not None and not checkpoint.get("foreign") and not checkpoint.get("finetune"):
         kan_options.check_unchanged(args, theirs)
-    _check(args)
+    _check(args, {flag: theirs[flag] for flag in kan_options.MODEL_FLAGS if flag in theirs and getattr(first, flag) is None} if checkpoint else {})
     return args.freeze(), checkpoint
 
 
-def _check(a: Arguments) -> None:
+def _check(a: Arguments, inherited: dict) -> None:
     faults = [
         (a.eval and not a.resume and not a.pretrained, "--eval needs --resume FILE or --pretrained"),
         (a.use_ema is not None and not (a.eval or a.finetune), "--use-ema chooses weights for --eval or --finetune"),
@@ -339,7 +341,7 @@ def _check(a: Arguments) -> None:
     for wrong, sentence in faults:
         if wrong:
             raise UserError(sentence)
-    kan_options.check(a)
+    kan_options.check(a, inherited)
 
 
 def mixing(a: Arguments) -> bool:

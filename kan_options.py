@@ -9,6 +9,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 import timm
 import torch
+from torch import nn
 
 from kan_basis import BASES
 from kan_basis.basis import INITS as KARAT_INITS
@@ -35,6 +36,7 @@ MLP = {name: name for name in ("mlp_basis", "mlp_grid", "mlp_order", "mlp_grid_r
 MLP |= {"mlp_degrees": "degrees", "mlp_groups": "num_groups", "mlp_numerator_groups": "numerator_groups"}
 FLASH_KAT = {"num_groups": "den_groups", "numerator_groups": "num_groups"}  # FlashKAT's names of these
 MODEL_FLAGS = (*ATTENTION, *MLP)
+_REFUSALS = (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, LookupError)  # of a model's constructor
 
 
 def add_arguments(p: ArgumentParser) -> None:
@@ -119,15 +121,31 @@ def without_unknown_presets(model_kwargs: dict) -> dict:
 def to_start_from(theirs: dict, given: Namespace) -> dict:
     """Of the settings of a file to fine-tune those that the model takes over: all that describe it, unless the flags given name another.
 
-    A basis that is given comes without the options of the file's.
+    A flag or model_kwargs given replace what the file says of the same option, and what says nothing beside them or contradicts them goes, too: the
+    options of the file's basis beside another one, of its projection beside --depth.
     """
     if given.model not in (None, theirs.get("model")):
         return {}
-    keys = ["model", "model_kwargs", *MODEL_FLAGS, *["input_size"] * (given.model is None)]
-    for chosen, flags, default in (("basis_type", BASIS, "FourierBasis"), ("mlp_basis", MLP_BASIS, "rational")):
-        if getattr(given, chosen) not in (None, theirs.get(chosen) or default):
-            keys = [key for key in keys if key not in flags]
-    return {key: theirs[key] for key in keys if key in theirs}
+    options = ATTENTION | MLP
+    own_name = _own_names(theirs.get("model") or "")
+    kwargs = {own_name.get(key, key): value for key, value in given.model_kwargs.items()}
+    said = {options[flag]: getattr(given, flag) for flag in MODEL_FLAGS if getattr(given, flag) is not None} | kwargs
+    gone = set(said)
+    was = {**_options(theirs), **(theirs.get("model_kwargs") or {})}
+    for chosen, flags, default in (("basis_type", BASIS, "fourier"), ("mlp_basis", MLP_BASIS, "rational")):
+        if chosen in said and _short(said[chosen]) != _short(was.get(chosen) or default):
+            gone |= {options[flag] for flag in flags}
+    if said.get("modular_attn") is False or given.depth is not None and not said.get("modular_attn"):
+        gone |= {"modular_attn", "modular_mode"}
+    if said.get("karat_depth") == 1:
+        gone |= {"modular_attn", "modular_mode", "hidden_dim"}
+    if was.get("karat_depth") == 1 and said.keys() & {"modular_attn", "hidden_dim"}:
+        gone |= {"karat_depth"}
+    if said.get("mixed_head") is False:
+        gone |= {"num_attention"}
+    keys = ["model", *(flag for flag in MODEL_FLAGS if options[flag] not in gone), *["input_size"] * (given.model is None)]
+    kept = {key: value for key, value in (theirs.get("model_kwargs") or {}).items() if own_name.get(key, key) not in gone}
+    return {**{key: theirs[key] for key in keys if key in theirs}, "model_kwargs": kept}
 
 
 def differences(settings: dict, theirs: dict) -> list[str]:
@@ -146,7 +164,7 @@ def _in_force(settings: dict) -> tuple[dict, dict[str, str]]:
     """The options of the functions that settings amount to, and how those that they do say are written."""
     defaults = {name: p.default for cls in (KArAtMixin, KATMixin) for name, p in inspect.signature(cls.__init__).parameters.items()
                 if name in (ATTENTION | MLP).values()}
-    own_name = {value: key for key, value in FLASH_KAT.items()} if "flash_kat" in settings["model"] else {}
+    own_name = _own_names(settings["model"])
     kwargs = {own_name.get(key, key): value for key, value in (settings.get("model_kwargs") or {}).items()}
     kwargs = {option: value for option, value in kwargs.items() if option in defaults}
     written = {option: _words(flag, settings[flag]) for flag, option in (ATTENTION | MLP).items() if settings.get(flag) is not None}
@@ -155,19 +173,22 @@ def _in_force(settings: dict) -> tuple[dict, dict[str, str]]:
     written |= {option: f"--model-kwargs {option}={value}" for option, value in kwargs.items()}
     options = defaults | _options(settings) | kwargs
     for option in ("basis_type", "mlp_basis"):
-        options[option] = str(options[option]).removesuffix("Basis").lower()
+        options[option] = _short(options[option])
     return {option: list(value) if isinstance(value, (tuple, list)) else value for option, value in options.items()}, written
 
 
-def check(a: Namespace) -> None:
-    """Raises: UserError, one sentence, for flags that do not fit each other or the model, or values that the model refuses."""
+def check(a: Namespace, inherited: dict | None = None) -> None:
+    """Raises: UserError, one sentence, for flags that do not fit each other or the model, or values that the model refuses.
+
+    Args: inherited, those of the flags that a checkpoint gave.
+    """
     attention, mlp = ([flag for flag in flags if getattr(a, flag) is not None] for flags in ((*ATTENTION, "attn_lr"), MLP))
     attention += ["karat_resample"] * (a.karat_resample != "bicubic")
     for flags, part, what in ((attention, "karat", "models with Kolmogorov-Arnold attention (*_karat)"), (mlp, "kat_", "models with a KAN MLP (kat_*)")):
         if flags and part not in a.model:
             raise UserError(f"{_spelling(flags[0], a)} is for {what}, not {a.model}")
     for given, flags, chosen, default in ((attention, BASIS, "basis_type", "fourier"), (mlp, MLP_BASIS, "mlp_basis", "rational")):
-        basis = str(a.model_kwargs.get(chosen) or getattr(a, chosen) or default).removesuffix("Basis").lower()
+        basis = _short(a.model_kwargs.get(chosen) or getattr(a, chosen) or default)
         for flag in given:
             takers = [name for name, cls in BASES.items() if flags.get(flag) in inspect.signature(cls).parameters]
             if flag in flags and basis in BASES and basis not in takers:
@@ -184,11 +205,13 @@ def check(a: Namespace) -> None:
     for option in a.model_kwargs.keys() & model_options(a).keys():
         raise UserError(f"--model-kwargs {option}={a.model_kwargs[option]} says what a flag says too: give one of them")
     if (mlp or "karat" in a.model) and timm.is_model(a.model.split(".")[0]):
-        _try(a)
+        _try(a, inherited or {})
 
 
 def check_unchanged(a: Namespace, theirs: dict) -> None:
     """Raises: UserError for a flag that would make another model than the one that a checkpoint of ours, with settings `theirs`, is of."""
+    if any(part in theirs.get("model", "") and part not in a.model for part in ("karat", "kat_")):
+        raise UserError(f"the checkpoint is of {theirs['model']}, not {a.model}: drop --model")
     for difference in differences(vars(a), {"model": a.model, **theirs}):
         raise UserError(f"the checkpoint was trained {difference}: drop the flag")
 
@@ -200,14 +223,29 @@ def _words(flag: str, value) -> str:
     return " ".join(["--" + flag.replace("_", "-"), *map(str, words)])
 
 
-def _try(a: Namespace) -> None:
-    """Builds the model without memory for its parameters: its constructor knows best what it does not take."""
-    options = {"img_size": a.input_size, **model_options(a), **a.model_kwargs, "num_classes": 1}
+def model_of(theirs: dict) -> nn.Module | None:
+    """The model that settings of a checkpoint of ours are of, without memory for its parameters; None where it cannot be built."""
+    settings = Namespace(**{**dict.fromkeys(MODEL_FLAGS), **theirs, "model_kwargs": without_unknown_presets(theirs.get("model_kwargs") or {})})
     try:
-        with torch.device("meta"):
-            timm.create_model(a.model.split(".")[0], **options)
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise UserError(f"cannot build {a.model}: {first_line(error)}") from error
+        return _on_meta(settings) if timm.is_model(settings.model.split(".")[0]) else None
+    except _REFUSALS:
+        return None
+
+
+def _on_meta(a: Namespace) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(a.model.split(".")[0], **{"img_size": a.input_size, **model_options(a), **a.model_kwargs, "num_classes": 1})
+
+
+def _try(a: Namespace, inherited: dict) -> None:
+    """Builds the model without memory for its parameters: its constructor knows best what it does not take."""
+    try:
+        _on_meta(a)
+    except _REFUSALS as error:
+        lists = {flag: value for flag, value in inherited.items() if flag in ("grid", "hidden_dim") and isinstance(value, list) and len(value) > 1}
+        whose = " and ".join(_words(flag, value) for flag, value in lists.items())
+        whose = f"; the checkpoint has {whose}: give another {' and '.join(_spelling(flag, a) for flag in lists)}"
+        raise UserError(f"cannot build {a.model}: {first_line(error)}{whose if str(error).startswith(tuple(lists)) else ''}") from error
 
 
 def _value(flag: str, value):
@@ -216,6 +254,16 @@ def _value(flag: str, value):
     if flag in ("grid", "hidden_dim") and isinstance(value, (list, tuple)) and len(value) == 1:
         return value[0]
     return value
+
+
+def _own_names(model: str) -> dict[str, str]:
+    """KAT's names of those options that the model knows by FlashKAT's."""
+    return {value: key for key, value in FLASH_KAT.items()} if "flash_kat" in model else {}
+
+
+def _short(basis) -> str:
+    """fourier of FourierBasis."""
+    return str(basis).removesuffix("Basis").lower()
 
 
 def _published(basis: str) -> str:

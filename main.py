@@ -28,7 +28,7 @@ from datasets import DataError, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from groups import GradNorms, optimizer_groups
 from kan_basis.rational import use_kernel
-from kan_options import differences
+from kan_options import differences, model_of
 from labels import output_indices
 from losses import CosubLoss, DistillationLoss
 from models.build import build_model, build_teacher, freeze_all_but_attention, outputs_of
@@ -102,7 +102,8 @@ def run(args: Arguments, checkpoint: dict | None, world: World) -> None:
         load_all(model, checkpoint["model"], args.resume)
     elif start is not None:
         chosen, which = choose(start, args.use_ema)
-        world.log(*load_matching(model, chosen, f"{args.finetune} ({which} weights)", args.karat_resample), sep="\n")
+        trained = None if start.get("foreign") else model_of(start["args"])
+        world.log(*load_matching(model, chosen, f"{args.finetune} ({which} weights)", args.karat_resample, trained), sep="\n")
         if theirs := start.get("args", {}).get("model") and differences(vars(args), start["args"]):
             world.log(f"note: unlike this model, that of {args.finetune} was trained {'; '.join(theirs)}")
         start.clear()  # its memory

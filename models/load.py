@@ -6,6 +6,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from kan_basis import GroupBasis
+from kan_basis.basis import Basis
+from models.operator import KArAtOperator
 from models.resample import resample_operators
 from utils import first_line
 from weights import CheckpointError, model_in, prefix_tokens
@@ -50,13 +53,18 @@ def load_all(model: nn.Module, weights: dict[str, Tensor], source: str | Path, r
                   if name in weights and value.shape != weights[name].shape)
 
 
-def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path, mode: str = "bicubic") -> list[str]:
+def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path, mode: str = "bicubic",
+                  trained: nn.Module | None = None) -> list[str]:
     """Load every tensor that fits by name and shape, embeddings and operators (by `mode`) resampled; the others keep their values.
+
+    Operators and functions of an MLP are left out whole if their basis is another one than in `trained`, the model of the file, where it is known.
 
     Returns: lines that name everything that did not fit, on either side.
     Raises: CheckpointError if less than a hundredth of the model's parameters fit.
     """
     own = model.state_dict()
+    strange = {name for prefix in _of_another_basis(model, weights, trained) for name in weights if name.startswith(prefix)}
+    all_weights, weights = weights, {name: value for name, value in weights.items() if name not in strange}
     try:
         resized = _resampled(model, weights, source, mode)
     except CheckpointError:  # what cannot be resampled is listed below as of another shape
@@ -73,9 +81,22 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Pa
     shapes = {name: f"{name} {tuple(weights[name].shape)} -> {tuple(own[name].shape)}" for name in weights if name in own}
     groups = {"resampled": ranges(shapes[name] for name in fit if name in weights and weights[name].shape != own[name].shape),
               "of another shape, not loaded": ranges(shapes[name] for name in resized if name in own and name not in fit),
-              "not in the file, start anew": ranges(name for name in own if name not in resized),
+              "of another basis, not loaded": ranges(name for name in all_weights if name in strange),
+              "not in the file, start anew": ranges(name for name in own if name not in resized and name not in strange),
               "not in the model, left out": ranges(name for name in weights if name not in own)}
     return [f"{len(fit)} of {len(own)} tensors taken from {source}"] + [f"  {what}: {', '.join(names)}" for what, names in groups.items() if names]
+
+
+def _of_another_basis(model: nn.Module, weights: dict[str, Tensor], trained: nn.Module | None) -> list[str]:
+    """Prefixes of the operators and functions of `model` whose coefficients in `weights` are of another basis, by `trained` or their number."""
+    theirs = {} if trained is None else _bases(trained)
+    return [f"{name}." for name, basis in _bases(model).items() if repr(theirs.get(name, basis)) != repr(basis) or any(
+        value.shape[-1:] != (basis.num_coefficients,) for key, value in weights.items() if key.startswith(f"{name}.") and key.endswith("coefficients"))]
+
+
+def _bases(model: nn.Module) -> dict[str, Basis]:
+    return {name: module.basis if isinstance(module, GroupBasis) else module.layers[0].basis for name, module in model.named_modules()
+            if isinstance(module, (GroupBasis, KArAtOperator))}
 
 
 def _other_model(model: nn.Module, source: str | Path) -> str:

@@ -12,10 +12,12 @@ import main
 from arguments import parse
 from groups import GradNorms, kind, optimizer_groups
 from kan_basis import BASES
-from kan_options import model_options
+from kan_options import model_of, model_options
 from losses import DistillationLoss
 from models.build import build_model, freeze_all_but_attention
+from models.load import load_matching
 from tests.test_main import call, log
+from utils import UserError
 
 NAME = "vit_micro_patch8_32_karat"
 BASE = ["--model", NAME, "--input-size", "32", "--device", "cpu"]
@@ -204,7 +206,83 @@ def test_finetuning_takes_the_options_of_the_file(trained, capfd):
     assert call("--model", NAME.replace("vit", "kat"), *still, "--finetune", trained["options"]) == 0
     assert f"unlike this model, that of {trained['options']} was trained with --base-fn nn.SiLU; with --project-l1\n" in capfd.readouterr().out
     assert call(*still, "--finetune", trained["spline"], "--basis-type", "FourierBasis") == 0  # its --order goes with its basis
-    assert "with --basis-type SplineBasis, not --basis-type FourierBasis; with --order 2" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "with --basis-type SplineBasis, not --basis-type FourierBasis; with --order 2" in out and "of another basis, not loaded: blocks.{0-1}.attn" in out
+
+
+@pytest.mark.parametrize("theirs, own", [
+    ("", "--basis-type SplineBasis"), ("--basis-type SplineBasis", "--grid 3"), ("", "--basis-type SplineBasis --universal"), ("", "--grid 4"),
+    ("--basis-type WaveletBasis", "--basis-type WaveletBasis --wavelet-type dog"),
+    ("--basis-type RationalBasis", "--basis-type RationalBasis --rational-version A"),
+    ("--basis-type RationalBasis", "--basis-type RationalBasis --rational-order 4 5"),
+    ("--basis-type SplineBasis", "--basis-type SplineBasis --grid-range -2 2"), ("--basis-type SplineBasis", "--basis-type SplineBasis --grid 4 --order 2"),
+    ("--mlp-basis fourier", "--mlp-basis spline"), ("--mlp-basis spline", "--mlp-basis spline --mlp-grid-range -2 2"),
+    ("--mlp-basis wavelet", "--mlp-basis wavelet --mlp-wavelet dog")])
+@pytest.mark.parametrize("size", [32, 48])
+def test_functions_of_another_basis_start_anew(theirs, own, size):
+    name = "kat_micro_patch8_32_karat"
+    universal = " --universal" if "--universal" in own else ""
+    settings, _ = parse(["--model", name, "--input-size", "32", *(theirs + universal).split()], lambda args: None)
+    state = {key: value + 1 for key, value in build_model(settings, 10).state_dict().items()}
+    model = built(f"{own} --input-size {size}", name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lines = load_matching(model, state, "file", trained=model_of(settings.plain()))
+    anew = "mlp.act" if "mlp" in own else "karat." if universal else "operator."
+    assert {key for key, value in model.state_dict().items() if torch.equal(value, before[key])} == {key for key in before if anew in key}
+    listed = next(line for line in lines if "of another basis, not loaded" in line)
+    assert all(word in listed for word in (("act1", "act2") if "mlp" in own else ("project_out", "coefficients", "scale_basis")))
+    same = built(f"{theirs}{universal} --input-size {size}", name)
+    assert "another basis" not in "".join(load_matching(same, state, "file", trained=model_of(settings.plain())))
+
+
+def test_blocks_of_another_grid_start_anew_and_the_others_are_taken():
+    settings, _ = parse([*BASE, "--basis-type", "SplineBasis", "--grid", "1", "2", "3", "4"], lambda args: None)
+    state = {key: value + 1 for key, value in build_model(settings, 10).state_dict().items()}
+    model = built("--basis-type SplineBasis --grid 1 3 2 4")
+    lines = load_matching(model, state, "file", trained=model_of(settings.plain()))
+    assert [torch.equal(op.project_out, state[f"blocks.{i}.attn.operator.project_out"]) for i, op in enumerate(operators(model))] == [True, False, False, True]
+    assert "of another basis, not loaded: blocks.{1-2}.attn.operator.project_out" in "".join(lines)
+
+
+@pytest.mark.parametrize("theirs, given, expected", [
+    ("--modular-attn --modular-mode w1_phi2 --hidden-dim 9", "--depth 2", dict(depth=2, modular_attn=None, modular_mode=None, hidden_dim=[9])),
+    ("--modular-attn --modular-mode w1_phi2", "--depth 3 --modular-attn", dict(depth=3, modular_attn=True, modular_mode="w1_phi2")),
+    ("--modular-attn --modular-mode phi1_w2 --hidden-dim 12", "--depth 1", dict(depth=1, modular_attn=None, modular_mode=None, hidden_dim=None)),
+    ("--modular-attn --modular-mode phi1_w2 --hidden-dim 12", "--model-kwargs karat_depth=1",
+     dict(depth=None, modular_attn=None, hidden_dim=None, model_kwargs={"karat_depth": 1})),
+    ("--grid 1 2 3 4 --hidden-dim 4 5 6 7", "--depth 1 --grid 3", dict(depth=1, grid=[3], hidden_dim=None)),
+    ("--depth 1", "--hidden-dim 4", dict(depth=None, hidden_dim=[4])), ("--depth 1", "--modular-attn", dict(depth=None, modular_attn=True)),
+    ("--basis-not-trainable --project-l1 --mixed-head --num-attention 1", "--model-kwargs basis_trainable=True mixed_head=False",
+     dict(basis_not_trainable=None, mixed_head=None, num_attention=None, project_l1=True, model_kwargs={"basis_trainable": True, "mixed_head": False})),
+    ("--universal", "--blockwise", dict(universal=False)), ("--universal", "--model-kwargs universal=False", dict(universal=None)),
+    ("--basis-type SplineBasis --order 2", "--model-kwargs basis_type=fourier", dict(basis_type=None, order=None)),
+    ("--model-kwargs grid=4 depth=2", "--grid 5", dict(grid=[5], model_kwargs={"depth": 2})),
+    ("--model-kwargs basis_type=SplineBasis order=2 depth=2", "--basis-type WaveletBasis", dict(basis_type="WaveletBasis", model_kwargs={"depth": 2})),
+    ("--model-kwargs depth=2", "--model-kwargs drop_path_rate=0.1", dict(model_kwargs={"depth": 2, "drop_path_rate": 0.1}))])
+def test_what_is_given_replaces_the_options_of_the_file_and_what_they_contradict(theirs, given, expected):
+    settings = parse([*BASE, *theirs.split()], lambda args: None)[0].plain()
+    args, _ = parse(["--finetune", "x", *given.split()], lambda args: {"args": settings, "finetune": True})
+    assert {option: getattr(args, option) for option in expected} == expected
+    build_model(args, 10)
+    own = args.plain()
+    again, _ = parse(["--finetune", "x", "--resume", "auto", "--output-dir", "y", *given.split()], lambda args: {"args": own})
+    assert {option: getattr(again, option) for option in expected} == expected
+
+
+@pytest.mark.parametrize("theirs, given, sentence", [
+    ("--grid 1 2 3 4 --hidden-dim 4 5 6 7", "--finetune x --universal", "cannot build vit_micro_patch8_32_karat: grid must be one value for a universal "
+     "operator, not a list; the checkpoint has --grid 1 2 3 4 and --hidden-dim 4 5 6 7: give another --grid and --hidden-dim"),
+    ("--grid 1 2 3 4 --hidden-dim 4 5 6 7", "--finetune x --universal --grid 3", "hidden_dim must be one value for a universal operator, not a list; the "
+     "checkpoint has --hidden-dim 4 5 6 7: give another --hidden-dim"),
+    ("--hidden-dim 4 5 6 7", "--finetune x --karat-blocks 0-1", "KArAt blocks, not 4; the checkpoint has --hidden-dim 4 5 6 7: give another --hidden-dim"),
+    ("--hidden-dim 4 5 6 7", "--finetune x --grid 1 2", "cannot build vit_micro_patch8_32_karat: grid must have one entry for each of the 4 KArAt blocks, not 2"),
+    ("--universal", "--eval --resume x --model vit_micro_patch8_32", "the checkpoint is of vit_micro_patch8_32_karat, not vit_micro_patch8_32: drop --model"),
+    ("", "--eval --resume x --model kat_micro_patch8_32", "the checkpoint is of vit_micro_patch8_32_karat, not kat_micro_patch8_32: drop --model")])
+def test_sentences_say_what_is_of_the_checkpoint(theirs, given, sentence):
+    settings = parse([*BASE, *theirs.split()], lambda args: None)[0].plain()
+    with pytest.raises(UserError) as error:
+        parse(given.split(), lambda args: {"args": settings, "finetune": bool(args.finetune)})
+    assert str(error.value).endswith(sentence)
 
 
 def test_a_teacher_has_the_options_of_its_file_and_the_size_of_the_student(trained, monkeypatch):

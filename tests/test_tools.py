@@ -242,7 +242,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(tmp_path, capsys):
     (["--checkpoint", "own.pth", "--topk", 0], "--topk must be at least 1"), (["--checkpoint", "own.pth", "--use-ema"], "no averaged weights"),
     (["--checkpoint", "own.pth", "--classes", "none.txt"], "none.txt cannot be read"),
     (["--checkpoint", "own.pth", "--classes", "few.txt"], "has 1 names, the model 4 outputs"),
-    (["--checkpoint", "own.pth", "--model", VIT], "does not fit the model"),
+    (["--checkpoint", "own.pth", "--model", VIT], ": drop --model"),
     (["--checkpoint", "own.pth", "--device", "abacus"], "is no device"), (["--checkpoint", "headless.pth"], "head.weight is missing")])
 def test_what_cannot_be_predicted_is_one_sentence(tmp_path, monkeypatch, capsys, options, sentence):
     monkeypatch.chdir(tmp_path)
