@@ -110,7 +110,7 @@ def test_mlp_options():
     ("--modular_mode phi1_w2", "give both"), ("--depth 1 --modular_attn", "no place for a projection"), ("--depth 0", "depth must be at least 1"),
     ("--hidden_dim 0", "hidden_dim must be at least 1"), ("--depth 1 --hidden-dim 4", "--depth 1 has one"), ("--karat-init-scale 0", "must be positive"),
     ("--grid 3 --model-kwargs grid=4", "give one of them"), ("--grid 0", "grid must be at least 1"), ("--num_attention 1", "num_attention needs mixed_head"),
-    ("--mixed_head --num_attention 3", "from 1 to 2"), ("--karat-blocks 0-4", "from 0 to 3"), ("--karat-blocks x", "like '0-3,11'"),
+    ("--mixed_head --num_attention 3", "from 1 to 2"), ("--karat-blocks 0-4", "from 0 to 3"), ("--karat-blocks 0-999999999999", "from 0 to 3"), ("--karat-blocks x", "like '0-3,11'"),
     ("--model-kwargs depth=2 --karat-blocks 2", "from 0 to 1"), ("--grid 1 2", "each of the 4"), ("--universal --hidden_dim 1 2 3 4", "one value"),
     ("--basis-type Chebyshev", "invalid choice"), ("--wavelet_type haar --basis_type WaveletBasis", "invalid choice"),
     ("--base_fn os.system", "unknown base_fn"),

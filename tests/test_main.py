@@ -270,6 +270,8 @@ def test_fewer_images_than_processes(tmp_path):
     (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
     (["--device", "gpu"], "no device"), (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
     (["--model-kwargs", "depth", "--device", "cpu"], "KEY=VALUE"), (["--model-kwargs", "num_heads=0"], "cannot build"), (["--lr", "nan"], "--lr must be"),
+    (["--model", "vit_micro_patch8_32", "--model-kwargs", "norm_layer=foo"], "unknown 'foo'"), (["nowhere", "--data-set", "DIGITS"], "nowhere does not exist"),
+    (["--attn-lr", "inf", "--model", "vit_micro_patch8_32_karat"], "must be finite"),
     (["--model", "kat_micro_patch8_32", "--input-size", "1"], "cannot build"), (["--drop-path", "2"], "between 0 and 1"), (["--std", "0", "0", "0"], "--std"),
     (["--eval", "--resume", "auto", "--output-dir", "/nonexistent"], "finds no checkpoint"), (["--opt-betas", "0.9", "--epochs", "1", *SMALL[2:]], "--opt adamw"),
     (["--resume", "missing.pth"], "there is no checkpoint missing.pth"), (["--model-kwargs", "widht=3", "--device", "cpu"], "cannot build .*widht"),
@@ -295,6 +297,8 @@ def test_both_spellings_defaults_and_read_only_arguments():
     assert (a.batch_size, a.epochs, a.opt, a.sched, a.lr, a.output_dir, a.device) == (64, 100, "adamw", "cosine", 5e-4, "", "cuda")
     with pytest.raises(AttributeError, match="read-only"):
         a.lr = 1
+    sizes = [parse(["--model", name], lambda args: None)[0].input_size for name in ("kat_micro_patch8_32", "kat_tiny_patch16_224", "vit_base_patch16_384")]
+    assert sizes == [32, 224, 384]
     with pytest.raises(SystemExit) as caught:
         get_args_parser().parse_args(["--help"])
     assert caught.value.code == 0
@@ -331,7 +335,7 @@ def test_other_model_or_optimizer_in_the_checkpoint(tmp_path, capfd):
     assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
     capfd.readouterr()
     assert call("--resume", tmp_path / "checkpoint.pth", "--model", "vit_micro_patch8_32", "--device", "cpu", "--epochs", "2") == 2
-    assert "does not fit the model vit_micro_patch8_32: " in capfd.readouterr().err
+    assert "the checkpoint is of kat_micro_patch8_32, not vit_micro_patch8_32: drop --model" in capfd.readouterr().err
     shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "cut.pth")
     os.truncate(tmp_path / "cut.pth", 10_000)
     assert call("--eval", "--resume", tmp_path / "cut.pth") == 2
