@@ -238,8 +238,8 @@ def test_onnx_export(name, dynamo, tmp_path):
 def test_an_exported_definition_trains_denominators_that_start_at_zero():
     x, layer = torch.randn(4, 96), GroupRational(8, "identity", num_channels=96)
     x[:, ::7] = 0
-    program = torch.export.export(layer, (x,)).module()
-    want, found = (torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for model in (layer, program))
+    program = torch.export.export(layer, (x,), strict=False).module()
+    want, found = (torch.autograd.grad(model(x).square().sum(), [model.weight_numerator, model.weight_denominator]) for model in (layer, program))
     for p, q in zip(want, found):
         torch.testing.assert_close(q, p)
     assert want[1].abs().min() > 0

@@ -49,6 +49,8 @@ def compiled():
     headers = next(folder for folder in folders if (folder / "cuda_bf16.h").exists())
 
     def compile(architecture):
+        if architecture > max(80, *nvrtc.getSupportedArchs()):
+            return "this NVRTC does not know it", None
         program = nvrtc.createProgram(launch.source("rational.cu"), "rational.cu", (), ())
         for name in instances():
             nvrtc.addNameExpression(program, name)
@@ -65,6 +67,8 @@ def compiled():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_local_memory(architecture, compiled):
     log, size = compiled[architecture].result()
+    if size is None:
+        pytest.skip(log)
     assert size > 1000 and log.count("spill stores") == len(instances()), log
     assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(instances()), log
 
@@ -178,9 +182,10 @@ def test_an_exported_program_trains_as_the_layer_does(operators_on_the_cpu):
     x, layers = torch.randn(5, 96), torch.nn.Sequential(torch.nn.Linear(96, 96), GroupRational(8, "identity"), torch.nn.Linear(96, 2))
     program = torch.export.export(layers, (x,)).module()
     assert "kan.rational" in str(program.graph)
-    want, found = (torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for model in (layers, program))
-    for (name, _), p, q in zip(layers.named_parameters(), want, found):
-        torch.testing.assert_close(q, p, msg=name)
+    want, found = (dict(zip(dict(model.named_parameters()), torch.autograd.grad(model(x).square().sum(), list(model.parameters()))))
+                   for model in (layers, program))
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], msg=name)
     live = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(torch.ops.kan.rational(live, *(p.detach() for p in layers[1].parameters()), 1).sum(), live, create_graph=True)
