@@ -3,6 +3,7 @@
 A checkpoint is one dictionary: model, model_ema, optimizer, scaler, epoch (the last one finished), updates (optimizer steps so far),
 schedule, best (accuracy, which weights, epoch), rng (one state per process), args, versions, classes.
 """
+
 import os
 import shutil
 from pathlib import Path
@@ -31,8 +32,10 @@ def save(folder: Path, state: dict, is_best: bool, keep_as: str | None = None) -
             _link(folder / LAST, folder / name)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         free = shutil.disk_usage(folder).free >> 20
-        raise CheckpointError(f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an earlier one is "
-                              "untouched") from error
+        raise CheckpointError(
+            f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an earlier one is "
+            "untouched"
+        ) from error
 
 
 def _link(source: Path, target: Path) -> None:
@@ -57,10 +60,20 @@ def find(resume: str, output_dir: str) -> str | Path | None:
 
 def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: Arguments) -> dict:
     plateau = getattr(training.scheduler, "lr_scheduler", None)
-    return {"model": training.model.state_dict(), "model_ema": training.ema.module.state_dict() if training.ema else None,
-            "optimizer": training.optimizer.state_dict(), "schedule": plateau.state_dict() if plateau else {},
-            "scaler": training.scaler.state_dict(), "epoch": epoch, "updates": training.updates, "best": training.best, "rng": rng,
-            "args": args.plain(), "versions": utils.versions(), "classes": classes}
+    return {
+        "model": training.model.state_dict(),
+        "model_ema": training.ema.module.state_dict() if training.ema else None,
+        "optimizer": training.optimizer.state_dict(),
+        "schedule": plateau.state_dict() if plateau else {},
+        "scaler": training.scaler.state_dict(),
+        "epoch": epoch,
+        "updates": training.updates,
+        "best": training.best,
+        "rng": rng,
+        "args": args.plain(),
+        "versions": utils.versions(),
+        "classes": classes,
+    }
 
 
 def restore(training: Training, checkpoint: dict, updates_per_epoch: int, args: Arguments, world: World) -> int:
@@ -69,24 +82,51 @@ def restore(training: Training, checkpoint: dict, updates_per_epoch: int, args: 
     Of DeiT's, KArAt's, timm's and KAT's trainers: weights, averaged weights, optimizer and epoch; they keep no random states.
     """
     if checkpoint.get("args", {}).get("opt", args.opt) != args.opt:
-        raise CheckpointError(f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}")
-    missing = [k for k in ("optimizer", "epoch") if not isinstance(checkpoint.get(k), (dict, int)) or checkpoint[k] == {}]
+        raise CheckpointError(
+            f"{args.resume} was trained with --opt {checkpoint['args']['opt']}: its state does not fit --opt {args.opt}"
+        )
+    missing = [
+        k for k in ("optimizer", "epoch") if not isinstance(checkpoint.get(k), (dict, int)) or checkpoint[k] == {}
+    ]
     if missing:
-        raise CheckpointError(f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing); --finetune starts one from them")
+        raise CheckpointError(
+            f"{args.resume} holds weights but no training to resume ({', '.join(missing)} missing); --finetune starts one from them"
+        )
     if checkpoint.get("foreign"):
         metric = checkpoint.get("metric")
         which = "EMA" if checkpoint["model_ema"] else "raw"
-        best = {"accuracy": metric, "weights": which, "epoch": checkpoint["epoch"]} if isinstance(metric, float) else training.best
-        checkpoint |= {"optimizer": _renumbered(training, checkpoint, args), "updates": (checkpoint["epoch"] + 1) * updates_per_epoch,
-                       "scaler": {}, "schedule": {}, "best": best, "rng": []}
-    wanted = [{k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")} for group in training.optimizer.param_groups]
+        best = (
+            {"accuracy": metric, "weights": which, "epoch": checkpoint["epoch"]}
+            if isinstance(metric, float)
+            else training.best
+        )
+        checkpoint |= {
+            "optimizer": _renumbered(training, checkpoint, args),
+            "updates": (checkpoint["epoch"] + 1) * updates_per_epoch,
+            "scaler": {},
+            "schedule": {},
+            "best": best,
+            "rng": [],
+        }
+    wanted = [
+        {k: v for k, v in group.items() if k != "params" and (k != "lr" or args.sched != "plateau")}
+        for group in training.optimizer.param_groups
+    ]
     try:
         training.optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        differ = [f"--{k.replace('_', '-')}" for k in ("decay_rational", "attn_only", "weight_decay", "attn_lr") if checkpoint["args"].get(k, getattr(args, k)) != getattr(args, k)]
+        differ = [
+            f"--{k.replace('_', '-')}"
+            for k in ("decay_rational", "attn_only", "weight_decay", "attn_lr")
+            if checkpoint["args"].get(k, getattr(args, k)) != getattr(args, k)
+        ]
         because = f"{', '.join(differ)} differ from its own" if differ else utils.first_line(error)
-        raise CheckpointError(f"the state of the optimizer in {args.resume} does not fit this training: {because}") from error
-    for group, own in zip(training.optimizer.param_groups, wanted):  # what this command line says, not what the file did
+        raise CheckpointError(
+            f"the state of the optimizer in {args.resume} does not fit this training: {because}"
+        ) from error
+    for group, own in zip(
+        training.optimizer.param_groups, wanted
+    ):  # what this command line says, not what the file did
         group.update(own)
     if checkpoint["scaler"]:
         training.scaler.load_state_dict(checkpoint["scaler"])
@@ -102,7 +142,11 @@ def restore(training: Training, checkpoint: dict, updates_per_epoch: int, args: 
         utils.set_rng_state(checkpoint["rng"][world.rank], world.device)
     else:
         utils.seed_everything(args.seed + world.rank + 1000 * start)
-        of = f"is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}" if checkpoint["rng"] else "has no random states"
+        of = (
+            f"is of {len(checkpoint['rng'])} process(es), this run has {world.world_size}"
+            if checkpoint["rng"]
+            else "has no random states"
+        )
         world.log(f"note: the checkpoint {of}: they start anew")
     world.log(f"resumed after epoch {start} from {args.resume}")
     return start
@@ -114,7 +158,10 @@ def _renumbered(training: Training, checkpoint: dict, args: Arguments) -> dict:
     Optimizers number parameters without naming them: first those without weight decay, in the order of the model, then the others.
     """
     try:
-        theirs, state = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]], checkpoint["optimizer"]["state"]
+        theirs, state = (
+            [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]],
+            checkpoint["optimizer"]["state"],
+        )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the optimizer in {args.resume} is none of torch's") from error
     frozen = set(training.model.no_weight_decay()) if hasattr(training.model, "no_weight_decay") else set()
@@ -123,8 +170,10 @@ def _renumbered(training: Training, checkpoint: dict, args: Arguments) -> dict:
     plain = [name for name in ordered if parameters[name].ndim <= 1 or name.endswith(".bias") or name in frozen]
     names = ordered if len(theirs) == 1 else plain + [name for name in ordered if name not in plain]
     if sum(theirs) != len(names) or (len(theirs) > 1 and theirs != [len(plain), len(ordered) - len(plain)]):
-        raise CheckpointError(f"the optimizer in {args.resume} has groups of {theirs} parameters, which are not those of {args.model}; "
-                              "--finetune takes its weights alone")
+        raise CheckpointError(
+            f"the optimizer in {args.resume} has groups of {theirs} parameters, which are not those of {args.model}; "
+            "--finetune takes its weights alone"
+        )
     number = {name: index for index, name in enumerate(names)}
     own_names = {id(p): name for name, p in parameters.items()}
     own = training.optimizer.state_dict()
@@ -132,5 +181,7 @@ def _renumbered(training: Training, checkpoint: dict, args: Arguments) -> dict:
     own["state"] = {index: state[number[name]] for index, name in enumerate(order) if number[name] in state}
     for index, values in own["state"].items():
         if any(isinstance(v, Tensor) and v.ndim and v.shape != parameters[order[index]].shape for v in values.values()):
-            raise CheckpointError(f"the optimizer in {args.resume} does not fit {order[index]} of {args.model}; --finetune takes its weights alone")
+            raise CheckpointError(
+                f"the optimizer in {args.resume} does not fit {order[index]} of {args.model}; --finetune takes its weights alone"
+            )
     return own

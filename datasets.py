@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from transforms import build_transform
 
-CHECK_LIMIT = 100_000    # images; larger sets are checked while they are read
+CHECK_LIMIT = 100_000  # images; larger sets are checked while they are read
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -71,7 +71,7 @@ def load_image(root: str, name: bytes) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:    # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
@@ -83,7 +83,7 @@ def stratified_indices(targets: np.ndarray, size: int, seed: int) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(targets))
-    order = order[np.argsort(targets[order], kind="stable")]    # one class after another, each shuffled
+    order = order[np.argsort(targets[order], kind="stable")]  # one class after another, each shuffled
     counts = np.bincount(targets)
     position = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
     quota = (position + 0.5) / np.repeat(counts, counts)
@@ -100,53 +100,72 @@ def register_dataset(*names: str) -> Callable:
                 raise ValueError(f"data set {name!r} is registered twice")
             DATASETS[name] = build
         return build
+
     return register
 
 
-@register_dataset("CIFAR10", "CIFAR100", "CIFAR")    # CIFAR is DeiT's name for CIFAR100
+@register_dataset("CIFAR10", "CIFAR100", "CIFAR")  # CIFAR is DeiT's name for CIFAR100
 def cifar(args: Namespace, download: bool):
     source = tv.CIFAR10 if args.data_set == "CIFAR10" else tv.CIFAR100
-    parts = _torchvision(source, args, download, [{"train": True}, {"train": False}],
-                         f"{source.filename} from {source.url} into {args.data_path}")
+    parts = _torchvision(
+        source,
+        args,
+        download,
+        [{"train": True}, {"train": False}],
+        f"{source.filename} from {source.url} into {args.data_path}",
+    )
     return tuple(ImageDataset(part.data, part.targets, part.classes) for part in parts)
 
 
 @register_dataset("SVHN")
 def svhn(args: Namespace, download: bool):
     urls = " and ".join(tv.SVHN.split_list[split][0] for split in ("train", "test"))
-    parts = _torchvision(tv.SVHN, args, download, [{"split": "train"}, {"split": "test"}],
-                         f"{urls} into {args.data_path}")
+    parts = _torchvision(
+        tv.SVHN, args, download, [{"split": "train"}, {"split": "test"}], f"{urls} into {args.data_path}"
+    )
     return tuple(ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, list("0123456789")) for part in parts)
 
 
 @register_dataset("STL10")
 def stl10(args: Namespace, download: bool):
-    parts = _torchvision(tv.STL10, args, download, [{"split": "train"}, {"split": "test"}],
-                         f"{tv.STL10.filename} from {tv.STL10.url} into {args.data_path}")
+    parts = _torchvision(
+        tv.STL10,
+        args,
+        download,
+        [{"split": "train"}, {"split": "test"}],
+        f"{tv.STL10.filename} from {tv.STL10.url} into {args.data_path}",
+    )
     return tuple(ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, part.classes) for part in parts)
 
 
 @register_dataset("Flowers102")
 def flowers102(args: Namespace, download: bool):
     """Train and val splits together for training (2,040 images), as usual in fine-tuning; 6,149 test images."""
-    splits = _torchvision(tv.Flowers102, args, download, [{"split": split} for split in ("train", "val", "test")],
-                          "102flowers.tgz, imagelabels.mat and setid.mat from https://www.robots.ox.ac.uk/~vgg/data/"
-                          f"flowers/102/ into {Path(args.data_path, 'flowers-102')}")
-    classes = getattr(tv.Flowers102, "classes", [str(c) for c in range(102)])    # older torchvision has no names
+    splits = _torchvision(
+        tv.Flowers102,
+        args,
+        download,
+        [{"split": split} for split in ("train", "val", "test")],
+        "102flowers.tgz, imagelabels.mat and setid.mat from https://www.robots.ox.ac.uk/~vgg/data/"
+        f"flowers/102/ into {Path(args.data_path, 'flowers-102')}",
+    )
+    classes = getattr(tv.Flowers102, "classes", [str(c) for c in range(102)])  # older torchvision has no names
 
-    def join(*parts) -> ImageDataset:    # torchvision keeps files and labels private
+    def join(*parts) -> ImageDataset:  # torchvision keeps files and labels private
         names = [os.fsencode(os.path.relpath(file, args.data_path)) for part in parts for file in part._image_files]
         return ImageDataset(np.array(names), [c for part in parts for c in part._labels], classes, str(args.data_path))
+
     return [join(*part) for part in (splits[:-1], splits[-1:]) if part]
 
 
 def _torchvision(source: type, args: Namespace, download: bool, splits: list[dict], files: str) -> list:
     """The splits, the last for validation; under args.eval only that."""
     try:
-        return [source(args.data_path, download=download, **split) for split in splits[-1 if args.eval else 0:]]
+        return [source(args.data_path, download=download, **split) for split in splits[-1 if args.eval else 0 :]]
     except (OSError, RuntimeError, HTTPException) as error:
-        raise DataError(f"{args.data_set} is not complete in {args.data_path} and could not be downloaded ({error}): "
-                        f"put {files}") from error
+        raise DataError(
+            f"{args.data_set} is not complete in {args.data_path} and could not be downloaded ({error}): put {files}"
+        ) from error
 
 
 @register_dataset("DIGITS")
@@ -154,11 +173,13 @@ def digits(args: Namespace, download: bool):
     """scikit-learn's 1,797 scanned 8x8 digits, which need no download: 1,500 for training, 297 for validation."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+
     source = load_digits()
-    grey = np.round(source.images * (255 / 16)).astype(np.uint8)    # (1797, 8, 8), from 0..16
+    grey = np.round(source.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
     images = np.repeat(grey[..., None], 3, axis=-1)
-    split = train_test_split(np.arange(len(images)), train_size=1500, test_size=297, stratify=source.target,
-                             random_state=0)
+    split = train_test_split(
+        np.arange(len(images)), train_size=1500, test_size=297, stratify=source.target, random_state=0
+    )
     return tuple(ImageDataset(images[part], source.target[part], list("0123456789")) for part in split)
 
 
@@ -186,9 +207,11 @@ def image_folders(args: Namespace, download: bool):
     if args.eval:
         return [_image_folder(root, val_folder)]
     train, val = _image_folder(root, "train"), _image_folder(root, val_folder)
-    differences = [f"only in {folder}: {_some(sorted(set(a.classes) - set(b.classes)))}"
-                   for folder, a, b in (("train", train, val), (val_folder, val, train))
-                   if set(a.classes) - set(b.classes)]
+    differences = [
+        f"only in {folder}: {_some(sorted(set(a.classes) - set(b.classes)))}"
+        for folder, a, b in (("train", train, val), (val_folder, val, train))
+        if set(a.classes) - set(b.classes)
+    ]
     if differences:
         raise DataError(f"{root}: train and {val_folder} have different classes, {'; '.join(differences)}")
     return train, val
@@ -217,13 +240,15 @@ def inaturalist(args: Namespace, download: bool):
     root, year = str(args.data_path), 2018 if args.data_set == "INAT" else 2019
 
     def part(images: list[dict]) -> ImageDataset:
-        paths = [image["file_name"].split("/") for image in images]    # such as train_val2018, Aves, 2820, <file>
+        paths = [image["file_name"].split("/") for image in images]  # such as train_val2018, Aves, 2820, <file>
         found = [values[int(category)] for _, _, category, _ in paths]
         unseen = sorted(set(found) - set(labels))
         if unseen:
-            raise DataError(f"{root} has images of a {args.inat_category} that train{year}.json has no annotation of: "
-                            f"{_some(unseen)}")
-        if not os.path.isdir(os.path.join(root, *paths[0][:2])):    # not as the archives extract, but as DeiT reads it
+            raise DataError(
+                f"{root} has images of a {args.inat_category} that train{year}.json has no annotation of: "
+                f"{_some(unseen)}"
+            )
+        if not os.path.isdir(os.path.join(root, *paths[0][:2])):  # not as the archives extract, but as DeiT reads it
             paths = [[folder, category, file] for folder, _, category, file in paths]
         names = np.array([os.fsencode(os.path.join(*path)) for path in paths])
         return ImageDataset(names, [labels[value] for value in found], list(labels), root)
@@ -253,8 +278,9 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def build_datasets(args: Namespace, rank: int = 0, world_size: int = 1
-                   ) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
+def build_datasets(
+    args: Namespace, rank: int = 0, world_size: int = 1
+) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
     """Training set, validation set and class names of `args.data_set`, with transforms, subsets and checks applied.
 
     Under args.eval the training set is None and its data may be missing.
@@ -301,7 +327,7 @@ def check_images(parts: Sequence[ImageDataset], mode: str, rank: int = 0, world_
 
     mode: auto (up to CHECK_LIMIT images, and not again while no file changes), all, off.
     """
-    parts = [part for part in parts if part.images.dtype.kind == "S"]    # file names, not pixels
+    parts = [part for part in parts if part.images.dtype.kind == "S"]  # file names, not pixels
     count = sum(len(part) for part in parts)
     if count == 0 or mode == "off" or (mode == "auto" and count > CHECK_LIMIT):
         return
@@ -309,17 +335,17 @@ def check_images(parts: Sequence[ImageDataset], mode: str, rank: int = 0, world_
     stamp = _check_stamp(files)
     bad = []
     if mode == "all" or stamp is None or not stamp.exists():
-        mine, threads = files[rank::world_size], min(8, os.cpu_count() or 1)    # decoding releases the GIL
+        mine, threads = files[rank::world_size], min(8, os.cpu_count() or 1)  # decoding releases the GIL
         with ThreadPoolExecutor(threads) as pool:
             found = pool.map(_unreadable, [mine[thread::threads] for thread in range(threads)])
             bad = sorted(error for errors in found for error in errors)
     raise_on_all_ranks(bad)
-    if stamp is not None and (world_size == 1 or _is_distributed()):    # else the shares of other ranks are unknown
+    if stamp is not None and (world_size == 1 or _is_distributed()):  # else the shares of other ranks are unknown
         try:
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.touch()
         except OSError:
-            pass    # no cache: the next start checks again
+            pass  # no cache: the next start checks again
 
 
 def _unreadable(files: list[tuple[str, bytes]]) -> list[str]:
@@ -340,6 +366,6 @@ def _check_stamp(files: list[tuple[str, bytes]]) -> Path | None:
             status = os.stat(os.path.join(os.fsencode(root), name))
             digest.update(b"%s\0%d\0%d\n" % (name, status.st_size, status.st_mtime_ns))
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except (OSError, RuntimeError):    # a broken link, or no home folder
+    except (OSError, RuntimeError):  # a broken link, or no home folder
         return None
     return Path(cache, "kan-vit", "checked-images", digest.hexdigest())

@@ -1,4 +1,5 @@
 """One epoch of training, and evaluation."""
+
 import sys
 import time
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ class NonFiniteLoss(Exception):
 @dataclass
 class Training:
     """What a training run moves forward. `forward` is `model`, possibly compiled and distributed around it."""
+
     model: nn.Module
     forward: nn.Module
     criterion: nn.Module
@@ -89,10 +91,14 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
             now = images_seen, loss_sum.item(), time.perf_counter()
             images, losses, seconds = (new - old for new, old in zip(now, logged))
             logged = now
-            message = (f"loss {losses / images:.4f} (mean {now[1] / images_seen:.4f})  lr {run.optimizer.param_groups[0]['lr']:.2e}  "
-                       f"{images * world.world_size / seconds:.0f} images/s")
+            message = (
+                f"loss {losses / images:.4f} (mean {now[1] / images_seen:.4f})  lr {run.optimizer.param_groups[0]['lr']:.2e}  "
+                f"{images * world.world_size / seconds:.0f} images/s"
+            )
             if run.grad_norms is not None:
-                message += "  grad norms " + "  ".join(f"{kind} {norm:.2e}" for kind, norm in run.grad_norms.last().items())
+                message += "  grad norms " + "  ".join(
+                    f"{kind} {norm:.2e}" for kind, norm in run.grad_norms.last().items()
+                )
             if bar and step + 1 < steps:
                 bar.update(step + 1 - bar.n)
                 bar.set_postfix_str(message)
@@ -119,7 +125,9 @@ def _update(run: Training, args) -> None:
     if run.grad_norms is not None:
         run.grad_norms.update()
     if args.clip_grad is not None:
-        parameters = model_parameters(run.model, exclude_head=args.clip_mode == "agc")  # adaptive clipping leaves out the head
+        parameters = model_parameters(
+            run.model, exclude_head=args.clip_mode == "agc"
+        )  # adaptive clipping leaves out the head
         dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -158,6 +166,7 @@ def _stop_if_not_finite(first_bad: Tensor, epoch: int, world: World) -> None:
 
 def _progress_bar(steps: int, title: str):
     from tqdm import tqdm
+
     return tqdm(total=steps, desc=title, leave=False, dynamic_ncols=True)
 
 
@@ -170,7 +179,9 @@ def evaluate(models: dict[str, nn.Module], loader, amp: str, world: World) -> di
     """
     for model in models.values():
         model.eval()
-    sums = torch.zeros(len(models), 3, dtype=torch.float64, device=world.device)  # loss, top-1 hits, top-5 hits of each model
+    sums = torch.zeros(
+        len(models), 3, dtype=torch.float64, device=world.device
+    )  # loss, top-1 hits, top-5 hits of each model
     count = 0
     for images, targets in loader:
         for own_sums, model in zip(sums, models.values()):
@@ -182,5 +193,7 @@ def evaluate(models: dict[str, nn.Module], loader, amp: str, world: World) -> di
             own_sums += torch.stack((loss, hits[:, 0].sum(), hits.sum()))
         count += len(targets)
     *totals, images = world.all_sum(*sums.flatten().tolist(), count)
-    return {name: {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
-            for name, loss, top1, top5 in zip(models, totals[::3], totals[1::3], totals[2::3])}
+    return {
+        name: {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+        for name, loss, top1, top5 in zip(models, totals[::3], totals[1::3], totals[2::3])
+    }

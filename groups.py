@@ -1,14 +1,24 @@
 """Parameters by what they are: groups of the optimizer, and gradient norms for the log."""
+
 import re
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-_FUNCTION = re.compile(r"(.*\.)?(weight_numerator|weight_denominator|weight_coefficients|coefficients|scale_base|scale_basis|output_scale)")
+_FUNCTION = re.compile(
+    r"(.*\.)?(weight_numerator|weight_denominator|weight_coefficients|coefficients|scale_base|scale_basis|output_scale)"
+)
 # the first that matches, by search
-KINDS = {"karat": re.compile(r"(^|\.)operator\.|^karat\."), "kan": _FUNCTION, "head": re.compile(r"^(head|head_dist|fc|classifier)\."),
-         "attention": re.compile(r"\.attn\."), "mlp": re.compile(r"\.mlp\."), "embed_norm": re.compile("embed|_token$|norm"), "other": re.compile("")}
+KINDS = {
+    "karat": re.compile(r"(^|\.)operator\.|^karat\."),
+    "kan": _FUNCTION,
+    "head": re.compile(r"^(head|head_dist|fc|classifier)\."),
+    "attention": re.compile(r"\.attn\."),
+    "mlp": re.compile(r"\.mlp\."),
+    "embed_norm": re.compile("embed|_token$|norm"),
+    "other": re.compile(""),
+}
 
 
 def is_function(name: str) -> bool:
@@ -21,7 +31,9 @@ def kind(name: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if pattern.search(name))
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float, decay_functions: bool, karat_lr_scale: float | None = None) -> list[dict]:
+def optimizer_groups(
+    model: nn.Module, weight_decay: float, decay_functions: bool, karat_lr_scale: float | None = None
+) -> list[dict]:
     """Weight decay on matrices; none on biases, norms, embeddings, nor (unless `decay_functions`) on learned functions.
 
     With `karat_lr_scale` the operators of Kolmogorov-Arnold attention are groups of their own, behind the others, whose learning rate is at all times
@@ -34,8 +46,15 @@ def optimizer_groups(model: nn.Module, weight_decay: float, decay_functions: boo
     if karat_lr_scale is None:
         return groups
     operators = {id(p) for name, p in model.named_parameters() if kind(name) == "karat"}
-    split = [{**group, "params": [p for p in group["params"] if (id(p) in operators) == own], **({"lr_scale": karat_lr_scale} if own else {})}
-             for own in (False, True) for group in groups]
+    split = [
+        {
+            **group,
+            "params": [p for p in group["params"] if (id(p) in operators) == own],
+            **({"lr_scale": karat_lr_scale} if own else {}),
+        }
+        for own in (False, True)
+        for group in groups
+    ]
     return [group for group in split if group["params"]]
 
 
@@ -47,18 +66,24 @@ class GradNorms:
 
     def __init__(self, model: nn.Module) -> None:
         named = [(kind(name), p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = {own: [p for other, p in named if other == own] for own in KINDS if any(other == own for other, _ in named)}
+        self.parameters = {
+            own: [p for other, p in named if other == own] for own in KINDS if any(other == own for other, _ in named)
+        }
         self.device = named[0][1].device
         self.reset()
 
     def reset(self) -> None:
         self.norms = torch.zeros(len(self.parameters), device=self.device)
-        self.sums = torch.zeros(len(self.parameters) + 1, dtype=torch.float64, device=self.device)  # of each kind, and the number of steps
+        self.sums = torch.zeros(
+            len(self.parameters) + 1, dtype=torch.float64, device=self.device
+        )  # of each kind, and the number of steps
 
     @torch.no_grad()
     def update(self) -> None:
         """Measure the gradients of this optimizer step; where one is not finite, the step counts in no mean."""
-        self.norms = torch.stack([self._norm([p.grad for p in parameters if p.grad is not None]) for parameters in self.parameters.values()])
+        self.norms = torch.stack(
+            [self._norm([p.grad for p in parameters if p.grad is not None]) for parameters in self.parameters.values()]
+        )
         step = torch.cat((self.norms, self.norms.new_ones(1))).double()
         self.sums += torch.where(self.norms.isfinite().all(), step, 0.0)
 

@@ -1,4 +1,5 @@
 """Losses of DeiT's recipes: distillation from a teacher, co-training of two submodels."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,8 +39,12 @@ class DistillationLoss(nn.Module):
         if self.kind == "hard":
             distance = F.cross_entropy(student, teacher.argmax(1))
         else:
-            distance = self.tau ** 2 * F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
-                                                reduction="batchmean", log_target=True)
+            distance = self.tau**2 * F.kl_div(
+                F.log_softmax(student / self.tau, 1),
+                F.log_softmax(teacher / self.tau, 1),
+                reduction="batchmean",
+                log_target=True,
+            )
         return (1 - self.alpha) * self.base(logits, targets) + self.alpha * distance
 
 

@@ -2,6 +2,7 @@
 
 Submits run_scripts/slurm.sh with sbatch; everything but the options below goes to main.py.
 """
+
 import argparse
 import subprocess
 import sys
@@ -11,11 +12,18 @@ ROOT = Path(__file__).resolve().parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Everything else goes to main.py.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Everything else goes to main.py.", allow_abbrev=False
+    )
     p.add_argument("--ngpus", "--gpu", type=int, default=8, help="GPUs of a node (default: 8)")
     p.add_argument("--nodes", "--node", type=int, default=2, help="nodes (default: 2)")
     p.add_argument("--timeout", type=int, default=2800, help="time limit, minutes (default: 2800)")
-    p.add_argument("--job_dir", "--job-dir", default="output/%j", help="folder of the job's output and of its checkpoints; %%j is its number")
+    p.add_argument(
+        "--job_dir",
+        "--job-dir",
+        default="output/%j",
+        help="folder of the job's output and of its checkpoints; %%j is its number",
+    )
     p.add_argument("--partition", help="partition of the cluster (default: the cluster's)")
     p.add_argument("--use_volta32", action="store_true", help="ask for nodes with the feature volta32gb")
     p.add_argument("--comment", help="a message for the scheduler")
@@ -23,15 +31,25 @@ def main(argv: list[str] | None = None) -> int:
     log = Path(ROOT, options.job_dir.rstrip("/") + ".txt")  # Slurm makes no folders
     if "%" not in str(log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
-    command = ["sbatch", f"--nodes={options.nodes}", f"--gpus-per-node={options.ngpus}", f"--time={options.timeout}", f"--output={log}",
-               *([f"--partition={options.partition}"] if options.partition else []), *(["--constraint=volta32gb"] if options.use_volta32 else []),
-               *([f"--comment={options.comment}"] if options.comment else []), str(ROOT / "run_scripts" / "slurm.sh")]
+    command = [
+        "sbatch",
+        f"--nodes={options.nodes}",
+        f"--gpus-per-node={options.ngpus}",
+        f"--time={options.timeout}",
+        f"--output={log}",
+        *([f"--partition={options.partition}"] if options.partition else []),
+        *(["--constraint=volta32gb"] if options.use_volta32 else []),
+        *([f"--comment={options.comment}"] if options.comment else []),
+        str(ROOT / "run_scripts" / "slurm.sh"),
+    ]
     if not any(argument.split("=")[0] in ("--output_dir", "--output-dir", "--output") for argument in rest):
         rest += ["--output-dir", options.job_dir]  # slurm.sh puts the job's number for %j
     try:
         return subprocess.run(command + rest, cwd=ROOT).returncode
     except FileNotFoundError:
-        sys.stderr.write("error: there is no sbatch here: this is for a Slurm cluster; on one machine, use dist_train.sh\n")
+        sys.stderr.write(
+            "error: there is no sbatch here: this is for a Slurm cluster; on one machine, use dist_train.sh\n"
+        )
         return 2
 
 

@@ -18,7 +18,7 @@ class SeededRepeatAugSampler(RepeatAugSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(self.seed + epoch)    # the sum, as in DistributedSampler
+        super().set_epoch(self.seed + epoch)  # the sum, as in DistributedSampler
 
 
 def train_sampler(dataset: Sized, world_size: int, rank: int, seed: int, repeats: int = 1) -> Sampler[int]:
@@ -37,8 +37,9 @@ def train_sampler(dataset: Sized, world_size: int, rank: int, seed: int, repeats
         return DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
     # timm rounds the epoch down to a multiple of 256 images: older versions give an empty epoch below that
     rounding = 256 if len(dataset) >= max(256, world_size) else 0
-    return SeededRepeatAugSampler(dataset, seed, num_replicas=world_size, rank=rank, num_repeats=repeats,
-                                  selected_round=rounding)
+    return SeededRepeatAugSampler(
+        dataset, seed, num_replicas=world_size, rank=rank, num_repeats=repeats, selected_round=rounding
+    )
 
 
 class ExactEvalBatchSampler(Sampler[list[int]]):

@@ -1,4 +1,5 @@
 """Distributed set-up, seeds, meters, and the records of a run (log.txt, speed.txt, curves.png, Weights & Biases)."""
+
 import dataclasses
 import itertools
 import json
@@ -37,6 +38,7 @@ def first_line(error: Exception) -> str:
 @dataclasses.dataclass(frozen=True)
 class World:
     """This process among all: rank 0..world_size - 1 and its device."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -67,15 +69,19 @@ class World:
 
 def init_world(device: str, dist_url: str = "env://") -> World:
     """Join the process group that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), or stay alone."""
-    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world_size, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
         if rank == 0:
             print("No CUDA GPU here: running on the CPU.", flush=True)
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                            "lower --nproc_per_node or pass --device cpu")
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node or pass --device cpu"
+            )
         device = f"cuda:{local_rank}"
     try:
         device = torch.device(device)
@@ -86,9 +92,17 @@ def init_world(device: str, dist_url: str = "env://") -> World:
         raise UserError(f"--device {device} is no device of this machine: cuda, cuda:N or cpu") from error
     if world_size > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", dist_url, timeout=timedelta(minutes=30), rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                dist_url,
+                timeout=timedelta(minutes=30),
+                rank=rank,
+                world_size=world_size,
+            )
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the {world_size} processes cannot meet at --dist-url {dist_url}: {first_line(error)}") from error
+            raise UserError(
+                f"the {world_size} processes cannot meet at --dist-url {dist_url}: {first_line(error)}"
+            ) from error
     return World(rank, world_size, device)
 
 
@@ -110,14 +124,20 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a second write of every tensor, for what reads memory that nobody wrote
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a second write of every tensor, for what reads memory that nobody wrote
+    )
 
 
 def rng_state(device: torch.device) -> dict:
     """States of all random generators of this process as plain types and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), position, has_gauss, gauss), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
@@ -135,12 +155,23 @@ def versions() -> dict[str, str]:
     """What a result depends on: packages, GPU, commit of this repository."""
     import timm
     import torchvision
-    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-             "timm": timm.__version__, "numpy": np.__version__}
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }
     if torch.cuda.is_available():
         found |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True) \
-        if shutil.which("git") else None
+    commit = (
+        subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        if shutil.which("git")
+        else None
+    )
     if commit and commit.returncode == 0:
         found["commit"] = commit.stdout.strip()
     return {k: str(v) for k, v in found.items()}
@@ -188,14 +219,21 @@ class Records:
     command, versions; curves.png: loss and accuracy over the epochs.
     """
 
-    def __init__(self, folder: Path | None, start_epoch: int, args: dict, run_name: str = "", run_id: str = "", project: str = "") -> None:
+    def __init__(
+        self, folder: Path | None, start_epoch: int, args: dict, run_name: str = "", run_id: str = "", project: str = ""
+    ) -> None:
         self.folder = folder
         self.entries, self.plotted = [], time.monotonic()
         if self.folder:
-            _prepare_folder(self.folder, {"args": args, "command": sys.argv, "versions": versions()}, fresh=start_epoch == 0)
+            _prepare_folder(
+                self.folder, {"args": args, "command": sys.argv, "versions": versions()}, fresh=start_epoch == 0
+            )
             self.entries = [e for e in _read_lines(self.folder / "log.txt") if e["epoch"] < start_epoch]
             speed = [e for e in _read_lines(self.folder / "speed.txt") if e["epoch"] < start_epoch]
-            for name, entries in (("log.txt", self.entries), ("speed.txt", speed)):  # what came after the checkpoint is run again
+            for name, entries in (
+                ("log.txt", self.entries),
+                ("speed.txt", speed),
+            ):  # what came after the checkpoint is run again
                 lines = "".join(json.dumps(e) + "\n" for e in entries)
                 write_atomically(self.folder / name, lambda f: f.write(lines.encode()))
         state = random.getstate()  # which W&B may draw from
@@ -224,7 +262,10 @@ class Records:
             try:
                 getattr(self.wandb, method)(*args, **kwargs)
             except Exception as error:  # whatever goes wrong there, training goes on
-                print(f"Weights & Biases {method} failed ({type(error).__name__}: {error}); going on without it.", flush=True)
+                print(
+                    f"Weights & Biases {method} failed ({type(error).__name__}: {error}); going on without it.",
+                    flush=True,
+                )
                 self.wandb = None
 
 
@@ -266,8 +307,14 @@ def start_wandb(run_name: str, run_id: str, project: str, args: dict, folder: Pa
     except ImportError:
         print("wandb is not installed (pip install wandb): this run is logged to its output folder only.", flush=True)
         return None
-    options = dict(project=project, name=run_name, id=run_id or None, resume="allow" if run_id else None, config=args,
-                   dir=str(folder) if folder else None)
+    options = dict(
+        project=project,
+        name=run_name,
+        id=run_id or None,
+        resume="allow" if run_id else None,
+        config=args,
+        dir=str(folder) if folder else None,
+    )
     modes = [os.environ["WANDB_MODE"]] if os.environ.get("WANDB_MODE") else ["online", "offline"]
     for mode in modes:
         try:
@@ -275,8 +322,11 @@ def start_wandb(run_name: str, run_id: str, project: str, args: dict, folder: Pa
                 raise RuntimeError("no login")
             return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30), **options)
         except Exception as error:  # whatever goes wrong there, training goes on
-            print(f"Weights & Biases {mode} failed ({type(error).__name__}: {error}); "
-                  f"{'logging offline (wandb sync uploads it)' if mode != modes[-1] else 'going on without it'}.", flush=True)
+            print(
+                f"Weights & Biases {mode} failed ({type(error).__name__}: {error}); "
+                f"{'logging offline (wandb sync uploads it)' if mode != modes[-1] else 'going on without it'}.",
+                flush=True,
+            )
     return None
 
 
@@ -289,9 +339,15 @@ def plot_curves(entries: list[dict], path: Path) -> None:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, names in ((loss, (("train_loss", "train (augmented)"), ("test_loss", "validation"), ("test_ema_loss", "validation, EMA"))),
-                        (accuracy, (("test_acc1", "raw weights"), ("test_ema_acc1", "EMA weights")))):
+    for axis, names in (
+        (
+            loss,
+            (("train_loss", "train (augmented)"), ("test_loss", "validation"), ("test_ema_loss", "validation, EMA")),
+        ),
+        (accuracy, (("test_acc1", "raw weights"), ("test_ema_acc1", "EMA weights"))),
+    ):
         for key, label in names:
             points = [(e["epoch"] + 1, e[key]) for e in entries if e.get(key) is not None]
             if points:
@@ -305,6 +361,8 @@ def plot_curves(entries: list[dict], path: Path) -> None:
     accuracy.set_ylabel("validation top-1 (%)")
     best = max((e for e in entries if e.get("max_accuracy") is not None), key=lambda e: e["epoch"], default=None)
     if best:
-        accuracy.set_title(f"best {best['max_accuracy']:.2f} % ({best['max_accuracy_weights']}, epoch {best['max_accuracy_epoch'] + 1})")
+        accuracy.set_title(
+            f"best {best['max_accuracy']:.2f} % ({best['max_accuracy_weights']}, epoch {best['max_accuracy_epoch'] + 1})"
+        )
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120))
     plt.close(figure)

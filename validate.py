@@ -2,6 +2,7 @@
 
 In float32 unless --amp is given, of the raw weights unless --use-ema is; the last lines are --result and the JSON that timm's validate.py prints.
 """
+
 import sys
 
 from main import main

@@ -3,6 +3,7 @@
     python benchmarks/rational.py [--out rows.jsonl]
 A share is (bytes that must be read and written once) / time / (copy bandwidth). Nothing is reported for a kernel that is wrong.
 """
+
 import argparse
 
 import common
@@ -35,8 +36,13 @@ def errors(dtype: torch.dtype) -> dict[str, float]:
     exact = gradients(*(t.double() for t in (x, a, b, g)))
     found, again = gradients(x, a, b, g), gradients(x, a, b, g)
     assert all(torch.equal(p, q) for p, q in zip(found, again)), "two runs differ"
-    result = {name: ((p.double() - q).norm() / q.norm()).item() for name, p, q in zip(("error dx", "error da", "error db"), found, exact)}
-    assert result["error dx"] < 4 * torch.finfo(dtype).eps and max(result["error da"], result["error db"]) < 2e-6, result
+    result = {
+        name: ((p.double() - q).norm() / q.norm()).item()
+        for name, p, q in zip(("error dx", "error da", "error db"), found, exact)
+    }
+    assert result["error dx"] < 4 * torch.finfo(dtype).eps and max(result["error da"], result["error db"]) < 2e-6, (
+        result
+    )
     return result
 
 
@@ -56,12 +62,23 @@ def main() -> None:
                 "rational forward": (2, lambda: torch.ops.kan.rational(x, a, b, 2)),
                 "rational backward": (3, lambda: torch.ops.kan.rational_backward(g, x, a, b, 2)),
                 "GELU forward": (2, lambda: F.gelu(x)),
-                "GELU backward": (3, lambda y=F.gelu(live): torch.autograd.grad(y, live, g, retain_graph=True))}
+                "GELU backward": (3, lambda y=F.gelu(live): torch.autograd.grad(y, live, g, retain_graph=True)),
+            }
             for name, (passes, run) in operations.items():
                 median, low, high = common.times(run)
-                rows.append({"operation": name, "shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "ms": median, "ms 20 %": low, "ms 80 %": high,
-                             "share": passes * size / median / 1e6 / bandwidth, "copy GB/s": bandwidth,
-                             **(exactness if name == "rational backward" else {})})
+                rows.append(
+                    {
+                        "operation": name,
+                        "shape": "x".join(map(str, shape)),
+                        "dtype": str(dtype)[6:],
+                        "ms": median,
+                        "ms 20 %": low,
+                        "ms 80 %": high,
+                        "share": passes * size / median / 1e6 / bandwidth,
+                        "copy GB/s": bandwidth,
+                        **(exactness if name == "rational backward" else {}),
+                    }
+                )
     common.report(rows, options.out)
 
 

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py vit_tiny_patch16_224 vit_tiny_patch16_224_karat,universal=True,grid=5 --batch-size 32
 The first model is what the others are compared with. Options of a model follow its name.
 """
+
 import argparse
 
 import common
@@ -50,8 +51,18 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     step()
     peak = torch.cuda.max_memory_allocated() / 2**20
     median, low, high = common.times(step, options.milliseconds)
-    row = {"model": name, "mode": "inference" if options.inference else "training", "compiled": options.compile and options.compile_mode, "batch": options.batch_size,
-            "amp": options.amp, "kernel": options.kernel, "ms": median, "ms 20 %": low, "ms 80 %": high, "images/s": options.batch_size / median * 1e3}
+    row = {
+        "model": name,
+        "mode": "inference" if options.inference else "training",
+        "compiled": options.compile and options.compile_mode,
+        "batch": options.batch_size,
+        "amp": options.amp,
+        "kernel": options.kernel,
+        "ms": median,
+        "ms 20 %": low,
+        "ms 80 %": high,
+        "images/s": options.batch_size / median * 1e3,
+    }
     if not options.compile or options.compile_mode == "default":  # a CUDA graph allocates nothing when it is replayed
         row["peak MiB"] = peak
     return row
@@ -59,13 +70,22 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL[,KEY=VALUE...]", help="timm names, ours among them, with options of the model")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL[,KEY=VALUE...]",
+        help="timm names, ours among them, with options of the model",
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images")
     parser.add_argument("--input-size", type=int, default=224, help="pixels")
     parser.add_argument("--amp", default="bf16", choices=["bf16", "fp16", "off"], help="precision")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--compile-mode", default="reduce-overhead", choices=["default", "reduce-overhead", "max-autotune"],
-                        help="mode of --compile; the default is that of main.py on a GPU")
+    parser.add_argument(
+        "--compile-mode",
+        default="reduce-overhead",
+        choices=["default", "reduce-overhead", "max-autotune"],
+        help="mode of --compile; the default is that of main.py on a GPU",
+    )
     parser.add_argument("--inference", action="store_true", help="forward pass only")
     parser.add_argument("--kernel", default="auto", choices=KERNELS, help="what computes the rational functions")
     parser.add_argument("--milliseconds", type=int, default=1500, help="time to measure for")
@@ -74,7 +94,11 @@ def main() -> None:
     use_kernel(options.kernel)
     rows = [measure(name, options) for name in options.models]
     for row in rows:
-        row |= {f"{what} ratio": row[key] / rows[0][key] for what, key in (("time", "ms"), ("memory", "peak MiB")) if key in row}
+        row |= {
+            f"{what} ratio": row[key] / rows[0][key]
+            for what, key in (("time", "ms"), ("memory", "peak MiB"))
+            if key in row
+        }
     common.report(rows, options.out)
 
 

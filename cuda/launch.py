@@ -2,6 +2,7 @@
 
 CuPy is imported at the first launch, never before: worker processes fork. Compiled kernels are kept on disk (CUPY_CACHE_DIR).
 """
+
 import ctypes
 import importlib.util
 import struct
@@ -26,8 +27,11 @@ def available() -> bool:
 def _new_enough(device: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        warnings.warn("rational runs in plain PyTorch, several times slower than its CUDA kernels: they need a GPU of compute capability 8.0, and "
-                      f"{torch.cuda.get_device_name(device)} has {major}.{minor}", stacklevel=4)
+        warnings.warn(
+            "rational runs in plain PyTorch, several times slower than its CUDA kernels: they need a GPU of compute capability 8.0, and "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}",
+            stacklevel=4,
+        )
     return major >= 8
 
 
@@ -55,7 +59,9 @@ class _Arguments(threading.local):
         self.bytes = bytearray(256)
         self.size = ctypes.c_size_t()
         start = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
-        self.extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(start), 2, ctypes.addressof(self.size), 0)  # buffer, its size, end
+        self.extra = (ctypes.c_void_p * 5)(
+            1, ctypes.addressof(start), 2, ctypes.addressof(self.size), 0
+        )  # buffer, its size, end
         self.address = ctypes.addressof(self.extra)
         self.devices: set[int] = set()  # whose context was made this thread's own
 
@@ -72,15 +78,25 @@ class Kernel:
     def __init__(self, file: str, name: str, types: str, shared_bytes: int, device: int) -> None:
         try:
             import cupy
+
             with torch.cuda.device(device), cupy.cuda.Device(device):
-                function = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(name)
+                function = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(
+                    name
+                )
                 if shared_bytes > 32 << 10:  # more than 48 KiB, static shared memory included, must be asked for
                     function.max_dynamic_shared_size_bytes = shared_bytes
                 self.handle = function.kernel.ptr  # CuPy looks up the current device here
         except Exception as error:  # CuPy, NVRTC and the driver have many
-            raise RuntimeError(f"the CUDA kernel {name} could not be compiled or loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
-                               "KAN_KERNEL=torch goes without it, in plain PyTorch") from error
-        self.function, self.shared_bytes, self.device, self.packing = function, shared_bytes, device, struct.Struct(types)
+            raise RuntimeError(
+                f"the CUDA kernel {name} could not be compiled or loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
+                "KAN_KERNEL=torch goes without it, in plain PyTorch"
+            ) from error
+        self.function, self.shared_bytes, self.device, self.packing = (
+            function,
+            shared_bytes,
+            device,
+            struct.Struct(types),
+        )
         self.launch, self.set_device = cupy.cuda.driver.launchKernel, cupy.cuda.runtime.setDevice
 
     def __call__(self, grid: int, threads: int, *arguments: int) -> None:
@@ -89,7 +105,9 @@ class Kernel:
         memory.size.value = self.packing.size
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if torch._C._cuda_getDevice() == self.device:
-            if self.device not in memory.devices:  # the driver, unlike the runtime, binds no context by itself, and this may be a thread's first call
+            if (
+                self.device not in memory.devices
+            ):  # the driver, unlike the runtime, binds no context by itself, and this may be a thread's first call
                 self.set_device(self.device)
                 memory.devices.add(self.device)
             self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, 0, memory.address)
@@ -111,6 +129,7 @@ def multiprocessors(device: int) -> int:
 def _allocate(size: int) -> int:
     """Address of so many bytes on the current device. Raises: torch.OutOfMemoryError where torch's cache holds no free memory to give back."""
     from cupy.cuda import runtime
+
     try:
         return runtime.malloc(size)
     except runtime.CUDARuntimeError:
@@ -118,7 +137,9 @@ def _allocate(size: int) -> int:
     try:
         return runtime.malloc(size)
     except runtime.CUDARuntimeError as error:
-        raise torch.OutOfMemoryError(f"CUDA out of memory: no {size} bytes for the partial sums of the rational function ({error})") from error
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory: no {size} bytes for the partial sums of the rational function ({error})"
+        ) from error
 
 
 COUNTERS = 256  # at most, of a kernel
@@ -142,8 +163,11 @@ def workspace(device: int, floats: int) -> tuple[int, int, torch.Tensor | None]:
     address, size = _workspaces.get((device, stream), (0, 0))
     if size < floats:
         from cupy.cuda import runtime
+
         size = max(2 * floats, 1 << 18)
-        address = _allocate(4 * (COUNTERS + size))  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
+        address = _allocate(
+            4 * (COUNTERS + size)
+        )  # 1 MiB or little more; kept for good, as earlier kernels may still write to a smaller one
         runtime.memsetAsync(address, 0, 4 * COUNTERS, stream)
         _workspaces[device, stream] = address, size
     return address, address + 4 * COUNTERS, None

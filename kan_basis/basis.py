@@ -4,6 +4,7 @@ theta (..., P) broadcasts against x, so that one definition serves element-wise 
 edge-wise use (the attention of KArAt: theta[head, r, N] for every pair of an input and an output). A basis holds options, such as the degree, and
 no parameters.
 """
+
 import inspect
 
 import torch
@@ -15,12 +16,14 @@ BASES: dict[str, type["Basis"]] = {}
 
 def register(name: str):
     """Class decorator: enters a basis under `name`. Raises: ValueError if the name is taken."""
+
     def enter(cls: type["Basis"]) -> type["Basis"]:
         if name in BASES:
             raise ValueError(f"there is a basis '{name}' already: {BASES[name].__name__}")
         BASES[name] = cls
         cls.name = name
         return cls
+
     return enter
 
 
@@ -62,7 +65,9 @@ class Basis:
     def check(self, theta: Tensor) -> None:
         """Raises: ValueError if theta does not end in P coefficients."""
         if theta.shape[-1] != self.num_coefficients:
-            raise ValueError(f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}")
+            raise ValueError(
+                f"theta must have {self.num_coefficients} coefficients in its last dimension, not {tuple(theta.shape)}"
+            )
 
     def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """(...) -> (..., P), linear bases only; P at `dim` < 0 of the result."""

@@ -16,7 +16,9 @@ from scipy.optimize import linprog
 from scipy.special import erf, erfc, expit
 
 PRESETS_PATH = Path(__file__).with_name("presets.json")
-MAX_DENOMINATOR = 1e3  # of |b_j| L^j, L = largest |x|: without a bound the solver runs off to a ratio of two huge numbers
+MAX_DENOMINATOR = (
+    1e3  # of |b_j| L^j, L = largest |x|: without a bound the solver runs off to a ratio of two huge numbers
+)
 
 Activation = Callable[[np.ndarray], np.ndarray]
 
@@ -73,7 +75,9 @@ def evaluate(x: np.ndarray, numerator: Sequence[float], denominator: Sequence[fl
     return polyval(x, a) / polyval(np.abs(x), np.append(1.0, np.abs(b)))
 
 
-def max_error(target: Activation, numerator: Sequence[float], denominator: Sequence[float], interval=(-3.0, 3.0)) -> float:
+def max_error(
+    target: Activation, numerator: Sequence[float], denominator: Sequence[float], interval=(-3.0, 3.0)
+) -> float:
     """Largest |F(x) - target(x)| at 100001 equally spaced points of the interval."""
     x = np.linspace(*interval, 100_001)
     return float(np.abs(evaluate(x, numerator, denominator) - target(x)).max())
@@ -99,7 +103,9 @@ def fit_rational(
     target = get_activation(target) if isinstance(target, str) else target
     (m, n), (low, high) = degrees, interval
     if min(m, n) < 0 or not -np.inf < low < high < np.inf:
-        raise ValueError(f"degrees must be >= 0 and the interval finite and increasing, got {m}, {n} and [{low:g}, {high:g}].")
+        raise ValueError(
+            f"degrees must be >= 0 and the interval finite and increasing, got {m}, {n} and [{low:g}, {high:g}]."
+        )
 
     x = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, 401))  # dense at both ends
     x = np.union1d(x, [0.0] if low < 0 < high else [])  # |x| and many activations bend at 0
@@ -137,13 +143,20 @@ def fit_rational(
 
 def save_presets(presets: dict[str, dict], path: str | Path) -> None:
     """Name -> fields as JSON, one field a line so that diffs read well; the file is replaced in one step."""
-    fields = {name: ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in preset.items()) for name, preset in presets.items()}
+    fields = {
+        name: ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in preset.items())
+        for name, preset in presets.items()
+    }
     partial = Path(f"{path}.partial")
-    partial.write_text("{\n" + ",\n".join(f"  {json.dumps(name)}: {{\n{text}\n  }}" for name, text in fields.items()) + "\n}\n")
+    partial.write_text(
+        "{\n" + ",\n".join(f"  {json.dumps(name)}: {{\n{text}\n  }}" for name, text in fields.items()) + "\n}\n"
+    )
     partial.replace(path)
 
 
-def plot_fit(path: str | Path, name: str, numerator: np.ndarray, denominator: np.ndarray, interval: tuple[float, float]) -> None:
+def plot_fit(
+    path: str | Path, name: str, numerator: np.ndarray, denominator: np.ndarray, interval: tuple[float, float]
+) -> None:
     """Target and fit, and their difference, on the interval (shaded) and half its width beyond each end."""
     from matplotlib.figure import Figure
 
@@ -154,7 +167,9 @@ def plot_fit(path: str | Path, name: str, numerator: np.ndarray, denominator: np
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     top.plot(x, target(x), color="black", linewidth=4, alpha=0.3, label=name)
     top.plot(x, evaluate(x, numerator, denominator), "--", label="P(x) / Q(x)")
-    top.set(title=f"{name}: degrees {len(numerator) - 1} and {len(denominator)}, largest error {error:.2e}", ylabel="F(x)")
+    top.set(
+        title=f"{name}: degrees {len(numerator) - 1} and {len(denominator)}, largest error {error:.2e}", ylabel="F(x)"
+    )
     bottom.plot(x, evaluate(x, numerator, denominator) - target(x), color="tab:red")
     limit = 2.5 * error or 1e-15  # beyond the interval the curve leaves this panel
     bottom.set(xlabel="x", ylabel="P(x) / Q(x) - target", ylim=(-limit, limit), xlim=(x[0], x[-1]))
@@ -167,10 +182,16 @@ def plot_fit(path: str | Path, name: str, numerator: np.ndarray, denominator: np
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--function", required=True, metavar="NAME", help=", ".join(ACTIVATIONS) + ", or any activation of torch.nn")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--function", required=True, metavar="NAME", help=", ".join(ACTIVATIONS) + ", or any activation of torch.nn"
+    )
     parser.add_argument("--degrees", type=int, nargs=2, default=[5, 4], metavar=("M", "N"), help="degrees of P and Q")
-    parser.add_argument("--range", type=float, nargs=2, default=[-3.0, 3.0], metavar=("LOW", "HIGH"), help="interval of the fit")
+    parser.add_argument(
+        "--range", type=float, nargs=2, default=[-3.0, 3.0], metavar=("LOW", "HIGH"), help="interval of the fit"
+    )
     parser.add_argument("--plot", default="fit_<function>.png", metavar="PATH", help="picture of target, fit and error")
     parser.add_argument("--save", metavar="NAME", help="write the fit as a preset of this name")
     parser.add_argument("--presets", type=Path, default=PRESETS_PATH, metavar="PATH", help="JSON file for --save")
@@ -180,17 +201,27 @@ def main() -> None:
     try:
         presets = json.loads(args.presets.read_text()) if args.presets.exists() else {}
         if args.save in presets and not args.overwrite:
-            raise ValueError(f"preset {args.save!r} exists already in {args.presets}: choose another name or pass --overwrite.")
+            raise ValueError(
+                f"preset {args.save!r} exists already in {args.presets}: choose another name or pass --overwrite."
+            )
         numerator, denominator, error = fit_rational(args.function, args.degrees, args.range)
     except ValueError as problem:
         parser.exit(2, f"{problem}\n")
 
     plot = args.plot.replace("<function>", args.function)
     plot_fit(plot, args.function, numerator, denominator, args.range)
-    print(f"numerator {numerator.tolist()}\ndenominator {denominator.tolist()}\nmax error {error:.3e} on {args.range}\nplot {plot}")
+    print(
+        f"numerator {numerator.tolist()}\ndenominator {denominator.tolist()}\nmax error {error:.3e} on {args.range}\nplot {plot}"
+    )
     if args.save:
-        presets[args.save] = {"numerator": numerator.tolist(), "denominator": denominator.tolist(), "interval": args.range,
-                              "target": args.function, "max_error": error, "source": "fitted"}
+        presets[args.save] = {
+            "numerator": numerator.tolist(),
+            "denominator": denominator.tolist(),
+            "interval": args.range,
+            "target": args.function,
+            "max_error": error,
+            "source": "fitted",
+        }
         save_presets(presets, args.presets)
         print(f"preset {args.save} in {args.presets}")
 

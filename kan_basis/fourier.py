@@ -4,6 +4,7 @@
 
 Source: Maity et al. 2025 (KArAt, arXiv:2503.10632).
 """
+
 import math
 
 import torch

@@ -6,6 +6,7 @@ The target is fixed, as the base function of a KAN is, and theta starts where th
 activations, whose initialisation is known and whose weights can be loaded, and it stays sound where a basis alone would not be: a spline is 0 beyond
 its grid, a Fourier series knows x only up to its period. A basis fitted to the target would lack the second, random coefficients the first.
 """
+
 import math
 from collections.abc import Callable
 
@@ -21,8 +22,15 @@ from kan_basis.wavelet import WaveletBasis
 MAX_TERMS = 1 << 22  # elements of x times P in one chunk, the size of the largest temporary
 
 TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "swish": F.silu, "mish": F.mish,
-    "gelu": F.gelu}
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "swish": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+}
 
 
 def group_basis(x: Tensor, theta: Tensor, basis: Basis, target: str = "identity", channel_dim: int = -1) -> Tensor:
@@ -48,7 +56,9 @@ def group_basis(x: Tensor, theta: Tensor, basis: Basis, target: str = "identity"
         u = rows.to(dtype)
         return (TARGETS[target](u) + basis(u, theta.to(dtype)[:, None])).to(rows.dtype)
 
-    rows = x.reshape(math.prod(x.shape[:dim]), theta.shape[0], x.shape[dim] // theta.shape[0] * math.prod(x.shape[dim + 1:]))
+    rows = x.reshape(
+        math.prod(x.shape[:dim]), theta.shape[0], x.shape[dim] // theta.shape[0] * math.prod(x.shape[dim + 1 :])
+    )
     whole = torch.compiler.is_compiling()  # a compiler fuses the terms
     size = max(1, rows.shape[0]) if whole else MAX_TERMS // max(1, rows.shape[1:].numel() * basis.num_coefficients)
     return in_chunks(phi, rows, size=size, dim=0).reshape(x.shape)
@@ -63,10 +73,14 @@ def _check(x: Tensor, theta: Tensor, basis: Basis, target: str, channel_dim: int
     if not -x.ndim <= channel_dim < x.ndim:
         raise ValueError(f"group_basis: channel_dim {channel_dim} does not exist in x of shape {tuple(x.shape)}")
     if theta.ndim != 2 or theta.shape[0] < 1 or theta.shape[1] != basis.num_coefficients:
-        raise ValueError(f"group_basis: theta must have shape (groups, {basis.num_coefficients}), not {tuple(theta.shape)}")
+        raise ValueError(
+            f"group_basis: theta must have shape (groups, {basis.num_coefficients}), not {tuple(theta.shape)}"
+        )
     if x.shape[channel_dim] % theta.shape[0]:
-        raise ValueError(f"group_basis: the {x.shape[channel_dim]} channels of x {tuple(x.shape)} (dimension {channel_dim}) "
-                         f"do not divide into {theta.shape[0]} groups")
+        raise ValueError(
+            f"group_basis: the {x.shape[channel_dim]} channels of x {tuple(x.shape)} (dimension {channel_dim}) "
+            f"do not divide into {theta.shape[0]} groups"
+        )
 
 
 class GroupBasis(nn.Module):
@@ -83,8 +97,16 @@ class GroupBasis(nn.Module):
     Raises: ValueError for an unknown target or impossible groups.
     """
 
-    def __init__(self, basis: Basis, num_groups: int = 8, target: str = "identity", num_channels: int | None = None, channel_dim: int = -1,
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        num_groups: int = 8,
+        target: str = "identity",
+        num_channels: int | None = None,
+        channel_dim: int = -1,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         if target not in TARGETS:
             raise ValueError(f"unknown target '{target}' of the {basis.name} basis; there are: {', '.join(TARGETS)}")

@@ -5,6 +5,7 @@
 A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other is evaluated in chunks,
 and once more in the backward pass, so that nothing of size rows x outputs x inputs ever exists.
 """
+
 import copy
 import math
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kan_basis.basis import Basis, check_init, check_positive, mean_square
 
-MAX_FEATURES = 1 << 26  # elements of the features that one chunk of rows builds: 256 MiB; a GPU waits for the launches of smaller chunks
+MAX_FEATURES = (
+    1 << 26
+)  # elements of the features that one chunk of rows builds: 256 MiB; a GPU waits for the launches of smaller chunks
 MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
 
 
@@ -65,9 +68,20 @@ class KANLayer(nn.Module):
     Source: Kolmogorov-Arnold attention (arXiv:2503.10632).
     """
 
-    def __init__(self, in_features: int, out_features: int, basis: Basis, num_heads: int = 1, base_fn: nn.Module | None = None,
-                 init: str = "published", init_scale: float = 1.0, base_trainable: bool = True, basis_trainable: bool = True,
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        basis: Basis,
+        num_heads: int = 1,
+        base_fn: nn.Module | None = None,
+        init: str = "published",
+        init_scale: float = 1.0,
+        base_trainable: bool = True,
+        basis_trainable: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features, num_heads=num_heads)
         check_init(init)
@@ -75,7 +89,9 @@ class KANLayer(nn.Module):
         self.basis, self.base_fn, self.init, self.init_scale = basis, base_fn, init, init_scale
         shape = num_heads, out_features, in_features
         dd = dict(device=device, dtype=dtype)
-        self.coefficients = nn.Parameter(torch.empty(*shape, basis.num_coefficients, **dd), requires_grad=basis_trainable)
+        self.coefficients = nn.Parameter(
+            torch.empty(*shape, basis.num_coefficients, **dd), requires_grad=basis_trainable
+        )
         self.scale_base = nn.Parameter(torch.empty(shape, **dd), requires_grad=base_trainable and base_fn is not None)
         self.scale_basis = nn.Parameter(torch.empty(shape, **dd), requires_grad=basis_trainable)
         if base_fn is not None:
@@ -112,22 +128,30 @@ class KANLayer(nn.Module):
         return torch.func.functional_call(self.base_fn, parameters, (rows,)) if parameters else self.base_fn(rows)
 
     def _linear(self, rows: Tensor) -> Tensor:
-        weight = (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).permute(0, 3, 2, 1).flatten(1, 2)  # (h, P N, r)
+        weight = (
+            (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).permute(0, 3, 2, 1).flatten(1, 2)
+        )  # (h, P N, r)
 
         def product(x: Tensor) -> Tensor:
-            return torch.bmm(self.basis.features(x, -2).flatten(2), weight)  # P in front of N: written and read in whole rows
+            return torch.bmm(
+                self.basis.features(x, -2).flatten(2), weight
+            )  # P in front of N: written and read in whole rows
 
         size = rows_of_chunk(rows.shape[0] * rows.shape[2] * self.basis.working_set)
         return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
     def _edges(self, rows: Tensor) -> Tensor:
         def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:
-            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(-1)  # (h, rows, outputs, N) -> (h, rows, outputs)
+            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(
+                -1
+            )  # (h, rows, outputs, N) -> (h, rows, outputs)
 
         edges = self.num_heads * self.in_features  # of one row and one output
         outputs = min(self.out_features, max(1, MAX_EDGES // edges))
-        parts = [in_chunks(partial(sums, theta=theta, scale=scale), rows, size=MAX_EDGES // (edges * outputs), dim=1)
-                 for theta, scale in zip(self.coefficients.split(outputs, 1), self.scale_basis.split(outputs, 1))]
+        parts = [
+            in_chunks(partial(sums, theta=theta, scale=scale), rows, size=MAX_EDGES // (edges * outputs), dim=1)
+            for theta, scale in zip(self.coefficients.split(outputs, 1), self.scale_basis.split(outputs, 1))
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def extra_repr(self) -> str:

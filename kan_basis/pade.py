@@ -7,6 +7,7 @@
 Q >= 1, so there are no poles.
 Source: Molina et al. 2020 (arXiv:1907.06732), versions A and B; Maity et al. 2025 (KArAt, arXiv:2503.10632).
 """
+
 import math
 from functools import lru_cache
 
@@ -94,7 +95,9 @@ def _unit_scale(power: int) -> float:
 def _second_moment(m: int, n: int, version: str, draws: int = 4096) -> float:
     """M above: over x by quadrature, over b by a mean of fixed draws."""
     scale = torch.tensor([_unit_scale(j) for j in range(1, n + 1)], dtype=torch.float64, device="cpu")
-    b = scale * torch.randn(draws, n, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+    b = scale * torch.randn(
+        draws, n, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0)
+    )
 
     def f(x: Tensor) -> Tensor:
         x = x.unsqueeze(-1)

@@ -8,6 +8,7 @@ run instead wherever CuPy is installed (`use_kernel`).
 Q >= 1 for every x, so F has no poles ("safe Pade activation unit, version A": one absolute value per term).
 Source: Molina et al. 2020 (arXiv:1907.06732), version A; sharing by channel groups: Yang & Wang 2025 (arXiv:2409.10594), sec. 4.
 """
+
 import json
 import math
 import os
@@ -24,7 +25,9 @@ except ImportError as error:  # another package of that name
     kernel, _operators, _why_not = None, None, f"the kernels in cuda/ cannot be imported ({error})"
 else:
     _operators = kernel.library
-    kernel, _why_not = (kernel, "") if launch.available() else (None, "CuPy is not installed (pip install cupy-cuda13x)")
+    kernel, _why_not = (
+        (kernel, "") if launch.available() else (None, "CuPy is not installed (pip install cupy-cuda13x)")
+    )
 
 CHUNK = 1 << 18  # elements evaluated at once on the CPU: the temporaries of one chunk stay in its caches
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -53,7 +56,9 @@ def use_kernel(choice: str) -> None:
 
 @lru_cache(maxsize=None)
 def _warn_once() -> None:
-    warnings.warn(f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {_why_not}", stacklevel=4)
+    warnings.warn(
+        f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {_why_not}", stacklevel=4
+    )
 
 
 @torch.compiler.assume_constant_result  # a compiler calls it where it would warn about the warning
@@ -77,7 +82,11 @@ def _watched(*tensors: Tensor) -> bool:
 
     Without them the dispatcher is left out, which costs more host time than the rest of a call.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
         return True
     for t in tensors:
         if type(t) is not Tensor and type(t) is not nn.Parameter:
@@ -106,17 +115,35 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
     Raises: TypeError if a tensor is not floating point; ValueError if shapes or devices do not fit together.
     """
     watched = _watched(x, numerator, denominator)
-    supported = (_check if watched else _check_once)(x.shape, x.dtype, x.device, numerator.shape, numerator.dtype, numerator.device,
-                                                     denominator.shape, denominator.dtype, denominator.device, channel_dim)
+    supported = (_check if watched else _check_once)(
+        x.shape,
+        x.dtype,
+        x.device,
+        numerator.shape,
+        numerator.dtype,
+        numerator.device,
+        denominator.shape,
+        denominator.dtype,
+        denominator.device,
+        channel_dim,
+    )
     # the first question answers most calls and takes a fifth of the time
-    if torch._C._is_any_autocast_enabled() and not x.is_meta and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if (
+        torch._C._is_any_autocast_enabled()
+        and not x.is_meta
+        and x.dtype is not torch.float64
+        and torch.is_autocast_enabled(x.device.type)
+    ):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x if x.dtype is dtype else x.to(dtype)
     dim, path = channel_dim % x.ndim, _path(watched) if supported else "definition"
     if path == "operator":
         return torch.ops.kan.rational(x, numerator, denominator, dim)
-    if path == "kernel" and torch.autograd.forward_ad._current_level < 0 and not (
-            torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad)):
+    if (
+        path == "kernel"
+        and torch.autograd.forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or numerator.requires_grad or denominator.requires_grad))
+    ):
         return kernel.forward(x, numerator, denominator, dim)  # as below, without autograd's cost
     if watched and torch.onnx.is_in_onnx_export():
         return _evaluate(x, numerator, denominator, dim)
@@ -125,7 +152,11 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, channel_dim: int
 
 def _check(shape, dtype, device, a_shape, a_dtype, a_device, b_shape, b_dtype, b_device, channel_dim: int) -> bool:
     """Whether the kernels take these arguments. Raises: see `rational`."""
-    for name, its_dtype, its_device in (("x", dtype, device), ("numerator", a_dtype, a_device), ("denominator", b_dtype, b_device)):
+    for name, its_dtype, its_device in (
+        ("x", dtype, device),
+        ("numerator", a_dtype, a_device),
+        ("denominator", b_dtype, b_device),
+    ):
         if its_dtype not in FLOAT_DTYPES:
             raise TypeError(f"rational: {name} must be float32, float16, bfloat16 or float64, not {its_dtype}")
         if its_device != device:
@@ -136,9 +167,13 @@ def _check(shape, dtype, device, a_shape, a_dtype, a_device, b_shape, b_dtype, b
         if len(its_shape) != 2 or 0 in its_shape:
             raise ValueError(f"rational: {name} must have shape (groups, {least}), not {tuple(its_shape)}")
         if shape[channel_dim] % its_shape[0]:
-            raise ValueError(f"rational: the {shape[channel_dim]} channels of x {tuple(shape)} (dimension {channel_dim}) "
-                             f"do not divide into the {its_shape[0]} groups of {name} {tuple(its_shape)}")
-    return device.type == "cuda" and (kernel is None or kernel.supports(shape, dtype, a_shape, b_shape, channel_dim) and launch.runs_on(device.index))
+            raise ValueError(
+                f"rational: the {shape[channel_dim]} channels of x {tuple(shape)} (dimension {channel_dim}) "
+                f"do not divide into the {its_shape[0]} groups of {name} {tuple(its_shape)}"
+            )
+    return device.type == "cuda" and (
+        kernel is None or kernel.supports(shape, dtype, a_shape, b_shape, channel_dim) and launch.runs_on(device.index)
+    )
 
 
 _check_once = lru_cache(maxsize=4096)(_check)  # for sizes that are plain numbers, which a compiler's are not
@@ -173,7 +208,9 @@ def _forward(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
     return _horner(a, x).div_(_horner([torch.ones_like(b[0]), *b], _abs(x)))
 
 
-def _backward(grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], coefficients: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], coefficients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """dF/dx * grad like x, and the sums over all but the channels of dF/da_i * grad and dF/d|b_j| * grad, (C, m + 1) and (C, n)."""
     ax = x.abs()
     s = _horner([j * c for j, c in enumerate(b, 1)], ax)
@@ -210,7 +247,7 @@ def _per_group(sums: Tensor, like: Tensor) -> Tensor:
 
 def _prepare(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int):
     channels = x.shape[dim]
-    x3 = x.reshape(math.prod(x.shape[:dim]), channels, math.prod(x.shape[dim + 1:]))
+    x3 = x.reshape(math.prod(x.shape[:dim]), channels, math.prod(x.shape[dim + 1 :]))
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     return x3, dtype, _per_channel(numerator, channels, dtype), _per_channel(_abs(denominator), channels, dtype)
 
@@ -247,7 +284,10 @@ class _Rational(torch.autograd.Function):
             grad_x = grad_x.to(x.dtype)
         else:
             grad_x = torch.empty_like(x3)
-            sum_a, sum_b = x3.new_zeros(x3.shape[1], len(a), dtype=dtype), x3.new_zeros(x3.shape[1], len(b), dtype=dtype)
+            sum_a, sum_b = (
+                x3.new_zeros(x3.shape[1], len(a), dtype=dtype),
+                x3.new_zeros(x3.shape[1], len(b), dtype=dtype),
+            )
             for rows in _chunks(x3):
                 grad_x[rows], part_a, part_b = _backward(grad3[rows].to(dtype), x3[rows].to(dtype), a, b, coefficients)
                 sum_a += part_a
@@ -303,10 +343,13 @@ def preset_coefficients(mode: str, degrees: tuple[int, int]) -> tuple[list[float
     a, b = preset["numerator"], preset["denominator"]
     if degrees[0] < _degree(a) or degrees[1] < _degree([1.0, *b]):
         if mode.startswith("published_"):
-            raise ValueError(f"preset '{mode}' needs degrees of at least {len(a) - 1} {len(b)}, not {degrees[0]} {degrees[1]}")
+            raise ValueError(
+                f"preset '{mode}' needs degrees of at least {len(a) - 1} {len(b)}, not {degrees[0]} {degrees[1]}"
+            )
         from kan_basis.fit import fit_rational  # scipy is needed only here
+
         a, b, _ = fit_rational(preset["target"], degrees, tuple(preset["interval"]))
-    a, b = list(a)[:degrees[0] + 1], list(b)[:degrees[1]]
+    a, b = list(a)[: degrees[0] + 1], list(b)[: degrees[1]]
     return a + [0.0] * (degrees[0] + 1 - len(a)), b + [0.0] * (degrees[1] - len(b))
 
 
@@ -328,8 +371,17 @@ class GroupRational(nn.Module):
     Raises: ValueError for an unknown preset, impossible degrees or groups.
     """
 
-    def __init__(self, num_groups: int = 8, mode: str = "swish", degrees: tuple[int, int] = (5, 4), numerator_groups: int = 1,
-                 num_channels: int | None = None, channel_dim: int = -1, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        num_groups: int = 8,
+        mode: str = "swish",
+        degrees: tuple[int, int] = (5, 4),
+        numerator_groups: int = 1,
+        num_channels: int | None = None,
+        channel_dim: int = -1,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         m, n = degrees
         if m < 0 or n < 1:
@@ -349,15 +401,22 @@ class GroupRational(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for weight, values in zip((self.weight_numerator, self.weight_denominator), preset_coefficients(self.mode, self.degrees)):
+        for weight, values in zip(
+            (self.weight_numerator, self.weight_denominator), preset_coefficients(self.mode, self.degrees)
+        ):
             weight.copy_(torch.tensor(values, dtype=torch.float64).expand_as(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        numerator, denominator = self._parameters.get("weight_numerator"), self._parameters.get("weight_denominator")  # a third of the time of self.
+        numerator, denominator = (
+            self._parameters.get("weight_numerator"),
+            self._parameters.get("weight_denominator"),
+        )  # a third of the time of self.
         if numerator is None or denominator is None:  # parametrized, or a replica
             numerator, denominator = self.weight_numerator, self.weight_denominator
         return rational(x, numerator, denominator, self.channel_dim)
 
     def extra_repr(self) -> str:
-        return (f"{self.weight_denominator.shape[0]} groups, numerator groups {self.weight_numerator.shape[0]}, "
-                f"degrees {self.degrees}, mode '{self.mode}'")
+        return (
+            f"{self.weight_denominator.shape[0]} groups, numerator groups {self.weight_numerator.shape[0]}, "
+            f"degrees {self.degrees}, mode '{self.mode}'"
+        )

@@ -1,4 +1,5 @@
 """Projection on the probability simplex, the l1 projection of Kolmogorov-Arnold attention."""
+
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ def project_l1(x: Tensor) -> Tensor:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     with torch.no_grad():
-        top = x.amax(-1, keepdim=True)  # the projection does not see a shift: sums of large scores would lose the digits
+        top = x.amax(
+            -1, keepdim=True
+        )  # the projection does not see a shift: sums of large scores would lose the digits
         descending = (x - top).sort(-1, descending=True).values
         excess = descending.cumsum(-1) - 1
         rank = torch.arange(1, x.shape[-1] + 1, device=x.device)

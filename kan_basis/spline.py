@@ -6,6 +6,7 @@ G cells on [lo, hi] and k more on either side; B_i is the bump of order k (degre
 closed [lo, hi], and all are 0 outside the extended grid [lo - k h, hi + k h], h = (hi - lo) / G.
 Source: Cox-de Boor recursion; extended uniform grid, fit and grid update as in efficient-kan, the form that KArAt (arXiv:2503.10632) uses.
 """
+
 import math
 
 import torch
@@ -55,7 +56,7 @@ class SplineBasis(Basis):
         cell = torch.where(u == cells, cells - 1, u.floor())
         b = (cell == knot).to(x.dtype)  # (..., cells)
         for p in range(1, self.order + 1):
-            left = u - knot[:cells - p]
+            left = u - knot[: cells - p]
             b = (left * b.narrow(dim, 0, cells - p) + (p + 1 - left) * b.narrow(dim, 1, cells - p)) / p
         return b
 
@@ -82,7 +83,9 @@ class SplineBasis(Basis):
         Raises: ValueError if the shapes do not fit together or there are no samples.
         """
         if x.ndim == 0 or x.numel() == 0 or x.shape not in (y.shape, y.shape[-1:]):
-            raise ValueError(f"fit needs x (S,) and y (..., S), or both of the same shape, not {tuple(x.shape)} and {tuple(y.shape)}")
+            raise ValueError(
+                f"fit needs x (S,) and y (..., S), or both of the same shape, not {tuple(x.shape)} and {tuple(y.shape)}"
+            )
         a, b = self.features(x.double().cpu()), y.double().cpu()
         if x.ndim == 1:  # one factorisation for all curves
             b = b.reshape(-1, len(x)).T

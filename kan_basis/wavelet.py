@@ -6,6 +6,7 @@ Source: Wav-KAN, Bozorgasl & Chen 2024 (arXiv:2405.12832), and KArAt, Maity et a
 papers, `<name>_wavkan` is what that code computes. It has no entry for Shannon's wavelet: its window runs over the position in the tensor, not over x, so
 that is no function of x.
 """
+
 import math
 from typing import Callable
 
@@ -121,7 +122,9 @@ class WaveletBasis(Basis):
         w, tau, s = theta.unbind(-1)
         safe = torch.where(s < 0, s.clamp(max=-MIN_SCALE), s.clamp(min=MIN_SCALE))
         u = (x - tau) / (s + (safe - s).detach())
-        return (w * WAVELETS[self.wavelet](u.clamp(-FAR, FAR))).to(dtype)  # clamped: u^2 may overflow, and inf * 0 is no number
+        return (w * WAVELETS[self.wavelet](u.clamp(-FAR, FAR))).to(
+            dtype
+        )  # clamped: u^2 may overflow, and inf * 0 is no number
 
     @torch.no_grad()
     def reset_(self, theta: Tensor, init: str = "published", fan_in: int = 1) -> Tensor:

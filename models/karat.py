@@ -6,6 +6,7 @@ Everything else is timm's VisionTransformer, or KAT for the kat_*_karat names. A
 a model, parameters blocks.*.attn.operator.*) or to all blocks (universal: h operators, parameters karat.*).
 Source: KArAt (arXiv:2503.10632); mixed heads and a choice of blocks are options of this repository.
 """
+
 from functools import partial
 
 import torch
@@ -22,7 +23,16 @@ from models.operator import KArAtOperator
 from models.vit import SIZES, build, model_cfg, register
 
 _FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()  # torch.bmm(..., out_dtype=torch.float32), CUDA only
-_NOT_ELEMENTWISE = {"MultiheadAttention", "GLU", "Softmin", "Softmax", "Softmax2d", "LogSoftmax", "Threshold", "RReLU"}  # or random
+_NOT_ELEMENTWISE = {
+    "MultiheadAttention",
+    "GLU",
+    "Softmin",
+    "Softmax",
+    "Softmax2d",
+    "LogSoftmax",
+    "Threshold",
+    "RReLU",
+}  # or random
 
 
 class _Fp32Product(torch.autograd.Function):
@@ -59,7 +69,9 @@ class KArAtAttention(Attention):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("operator", None)
-        self.shared: tuple[KArAtOperator, ...] = ()  # the model's own: in a tuple it is hidden from this module's parameters, not from deepcopy
+        self.shared: tuple[
+            KArAtOperator, ...
+        ] = ()  # the model's own: in a tuple it is hidden from this module's parameters, not from deepcopy
 
     def set_operator(self, operator: KArAtOperator, num_karat_heads: int | None = None, shared: bool = False) -> None:
         """Let the first `num_karat_heads` heads (default: all) apply `operator`; `shared`: it is registered elsewhere in the model.
@@ -68,7 +80,9 @@ class KArAtAttention(Attention):
         """
         heads = self.num_heads if num_karat_heads is None else num_karat_heads
         if heads > self.num_heads or heads != operator.num_heads:
-            raise ValueError(f"an operator of {operator.num_heads} heads does not fit {heads} of {self.num_heads} attention heads")
+            raise ValueError(
+                f"an operator of {operator.num_heads} heads does not fit {heads} of {self.num_heads} attention heads"
+            )
         if shared:
             self.shared = (operator,)
         else:
@@ -83,15 +97,23 @@ class KArAtAttention(Attention):
             raise ValueError("Kolmogorov-Arnold attention takes no mask")
         B, N, _ = x.shape
         if N != operator.num_tokens:
-            raise ValueError(f"Kolmogorov-Arnold attention was built for {operator.num_tokens} tokens, not {N}: "
-                             "build the model for this image size and resample its weights")
+            raise ValueError(
+                f"Kolmogorov-Arnold attention was built for {operator.num_tokens} tokens, not {N}: "
+                "build the model for this image size and resample its weights"
+            )
         gate = getattr(self, "gate", None)
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
+        q, k, v = (
+            self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # (B, h, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
         h = operator.num_heads
         heads = [self.apply_operator(operator, q[:, :h], k[:, :h], v[:, :h])]
         if h < self.num_heads:
-            heads.append(F.scaled_dot_product_attention(q[:, h:], k[:, h:], v[:, h:], dropout_p=self.attn_drop.p if self.training else 0.0))
+            heads.append(
+                F.scaled_dot_product_attention(
+                    q[:, h:], k[:, h:], v[:, h:], dropout_p=self.attn_drop.p if self.training else 0.0
+                )
+            )
         out = torch.cat([head.to(v.dtype) for head in heads], 1) if len(heads) > 1 else heads[0]
         out = self.norm(out.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(out if gate is None else out * gate(x).sigmoid()))
@@ -104,7 +126,15 @@ class KArAtAttention(Attention):
             return operator.attend(attention_scores(q, k, self.scale), v, dropout)
 
         rows = operator.num_heads * operator.num_tokens  # of one image
-        return kan.in_chunks(core, query, key, value, size=kan.rows_of_chunk(rows * operator.features_per_row), dim=0, keep_rng=dropout > 0)
+        return kan.in_chunks(
+            core,
+            query,
+            key,
+            value,
+            size=kan.rows_of_chunk(rows * operator.features_per_row),
+            dim=0,
+            keep_rng=dropout > 0,
+        )
 
 
 class KArAtMixin:
@@ -124,27 +154,74 @@ class KArAtMixin:
     Raises: ValueError for options that do not fit.
     """
 
-    def __init__(self, *args, basis_type: str = "FourierBasis", grid: int | list[int] = 3, order: int = 3, grid_range: tuple[float, float] = (-1, 1),
-                 wavelet_type: str = "mexican_hat", rational_order: tuple[int, int] = (5, 4), rational_version: str = "B",
-                 base_fn: str = "ZeroModule", hidden_dim: int | list[int] = 12, karat_depth: int = 2, num_attention: int | None = None,
-                 mixed_head: bool = False, universal: bool = False, modular_attn: bool = True, modular_mode: str = "phi1_w2",
-                 project_l1: bool = False, basis_trainable: bool = True, base_trainable: bool = True, karat_blocks: str | list[int] | None = None,
-                 karat_init: str = "published", karat_init_scale: float = 1.0, output_scale: str = "1", **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        basis_type: str = "FourierBasis",
+        grid: int | list[int] = 3,
+        order: int = 3,
+        grid_range: tuple[float, float] = (-1, 1),
+        wavelet_type: str = "mexican_hat",
+        rational_order: tuple[int, int] = (5, 4),
+        rational_version: str = "B",
+        base_fn: str = "ZeroModule",
+        hidden_dim: int | list[int] = 12,
+        karat_depth: int = 2,
+        num_attention: int | None = None,
+        mixed_head: bool = False,
+        universal: bool = False,
+        modular_attn: bool = True,
+        modular_mode: str = "phi1_w2",
+        project_l1: bool = False,
+        basis_trainable: bool = True,
+        base_trainable: bool = True,
+        karat_blocks: str | list[int] | None = None,
+        karat_init: str = "published",
+        karat_init_scale: float = 1.0,
+        output_scale: str = "1",
+        **kwargs,
+    ) -> None:
         if kwargs.get("patch_drop_rate") or kwargs.get("dynamic_img_size"):
-            raise ValueError("an operator is tied to its number of tokens: patch_drop_rate and dynamic_img_size cannot change it")
+            raise ValueError(
+                "an operator is tied to its number of tokens: patch_drop_rate and dynamic_img_size cannot change it"
+            )
         super().__init__(*args, **{**kwargs, "attn_layer": KArAtAttention})
         blocks = parse_blocks(karat_blocks, len(self.blocks))
         total = self.blocks[0].attn.num_heads
         heads = _karat_heads(total, num_attention, mixed_head)
-        grids, ranks = (_per_block(name, value, len(blocks), universal) for name, value in (("grid", grid), ("hidden_dim", hidden_dim)))
+        grids, ranks = (
+            _per_block(name, value, len(blocks), universal)
+            for name, value in (("grid", grid), ("hidden_dim", hidden_dim))
+        )
 
         def operator(grid: int, hidden_dim: int) -> KArAtOperator:
-            basis = make_basis_of(basis_type, grid=grid, order=order, grid_range=tuple(grid_range), wavelet=wavelet_type, degrees=tuple(rational_order),
-                                  version=rational_version)
+            basis = make_basis_of(
+                basis_type,
+                grid=grid,
+                order=order,
+                grid_range=tuple(grid_range),
+                wavelet=wavelet_type,
+                degrees=tuple(rational_order),
+                version=rational_version,
+            )
             return KArAtOperator(
-                self.patch_embed.num_patches + self.num_prefix_tokens, heads, basis, hidden_dim, karat_depth, modular_attn, modular_mode,
-                base_function(base_fn), project_l1, karat_init, karat_init_scale, output_scale, base_trainable, basis_trainable,
-                device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+                self.patch_embed.num_patches + self.num_prefix_tokens,
+                heads,
+                basis,
+                hidden_dim,
+                karat_depth,
+                modular_attn,
+                modular_mode,
+                base_function(base_fn),
+                project_l1,
+                karat_init,
+                karat_init_scale,
+                output_scale,
+                base_trainable,
+                basis_trainable,
+                device=kwargs.get("device"),
+                dtype=kwargs.get("dtype"),
+            )
 
         if universal:
             self.karat = operator(grids[0], ranks[0])
@@ -153,7 +230,9 @@ class KArAtMixin:
             self.blocks[block].attn.set_operator(own, heads, shared=universal)
 
     def set_input_size(self, *args, **kwargs) -> None:
-        raise ValueError("an operator is tied to its number of tokens: build the model with img_size and load the weights, which are resampled then")
+        raise ValueError(
+            "an operator is tied to its number of tokens: build the model with img_size and load the weights, which are resampled then"
+        )
 
 
 class KArAtViT(KArAtMixin, VisionTransformer):
@@ -192,7 +271,11 @@ def parse_blocks(blocks: str | list[int] | None, depth: int) -> list[int]:
     if blocks is None:
         return list(range(depth))
     try:
-        parts = [part.partition("-") for part in blocks.split(",")] if isinstance(blocks, str) else [(b, "", "") for b in blocks]
+        parts = (
+            [part.partition("-") for part in blocks.split(",")]
+            if isinstance(blocks, str)
+            else [(b, "", "") for b in blocks]
+        )
         ranges = [(int(first), int(last if dash else first)) for first, dash, last in parts]
     except (ValueError, TypeError) as error:
         raise ValueError(f"karat_blocks must be like '0-3,11' or a list of numbers, not {blocks!r}") from error
@@ -224,11 +307,15 @@ def _per_block(name: str, value: int | list[int], count: int, universal: bool) -
     return list(value)
 
 
-def _karat(model_cls: type[VisionTransformer], name: str, size: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
+def _karat(
+    model_cls: type[VisionTransformer], name: str, size: str, pretrained: bool = False, **kwargs
+) -> VisionTransformer:
     return build(model_cls, name, pretrained, **{**SIZES[size], **kwargs})
 
 
-_NAMES = {f"{family}_{size}_karat": (cls, size) for family, cls in (("vit", KArAtViT), ("kat", KArAtKAT)) for size in SIZES}
+_NAMES = {
+    f"{family}_{size}_karat": (cls, size) for family, cls in (("vit", KArAtViT), ("kat", KArAtKAT)) for size in SIZES
+}
 default_cfgs = generate_default_cfgs({name: model_cfg(SIZES[size]["img_size"]) for name, (_, size) in _NAMES.items()})
 for _name, (_cls, _size) in _NAMES.items():
     register(_name, partial(_karat, _cls, _name, _size), f"{_cls.__name__}: Kolmogorov-Arnold attention.")

@@ -7,6 +7,7 @@ Everything else is timm's VisionTransformer. `kat_*` and `flash_kat_*` are one m
 names are the published ones (mlp.act1.weight_numerator (1, 6), mlp.act1.weight_denominator (8, 4), the same for act2).
 Source: Yang & Wang, Kolmogorov-Arnold Transformer, 2025 (arXiv:2409.10594); FlashKAT (arXiv:2505.13813).
 """
+
 import math
 from functools import partial
 
@@ -25,13 +26,19 @@ INITS = ("released", "variance_preserving")
 _RELEASES = "https://github.com/Adamdad/kat/releases/download/checkpoint/"
 # the published files; each name ends in the sha256 of its file (KAT's README exchanges the first two links)
 PUBLISHED = {
-    ("tiny", "scratch"): _RELEASES + "kat_tiny_patch16_224_1f3ad3b2e69821f3d412f2924cf159a0e266f142d739cb68f68f796f5a0fe289.pth",
-    ("small", "scratch"): _RELEASES + "kat_small_patch16_224_32487885cf13d2c14e461c9016fac8ad43f7c769171f132530941e930aeb5fe2.pth",
-    ("base", "scratch"): _RELEASES + "kat_base_patch16_224_abff874d925d756d15cde97303f772a3460ddbd44b9c53fb9ce5cf15be230fb6.pth",
-    ("tiny", "vitft"): _RELEASES + "kat_tiny_patch16_224-finetune_64f124d003803e4a7e1aba1ba23500ace359b544e8a5f0110993f25052e402fb.pth",
-    ("small", "vitft"): _RELEASES + "kat_small_patch_224-finetune_3ae087a4c28e2993468eb377d5151350c52c80b2a70cc48ceec63d1328ba58e0.pth",
+    ("tiny", "scratch"): _RELEASES
+    + "kat_tiny_patch16_224_1f3ad3b2e69821f3d412f2924cf159a0e266f142d739cb68f68f796f5a0fe289.pth",
+    ("small", "scratch"): _RELEASES
+    + "kat_small_patch16_224_32487885cf13d2c14e461c9016fac8ad43f7c769171f132530941e930aeb5fe2.pth",
+    ("base", "scratch"): _RELEASES
+    + "kat_base_patch16_224_abff874d925d756d15cde97303f772a3460ddbd44b9c53fb9ce5cf15be230fb6.pth",
+    ("tiny", "vitft"): _RELEASES
+    + "kat_tiny_patch16_224-finetune_64f124d003803e4a7e1aba1ba23500ace359b544e8a5f0110993f25052e402fb.pth",
+    ("small", "vitft"): _RELEASES
+    + "kat_small_patch_224-finetune_3ae087a4c28e2993468eb377d5151350c52c80b2a70cc48ceec63d1328ba58e0.pth",
     ("base", "vitft"): "https://huggingface.co/adamdad/kat_pretained/resolve/main/"
-                       "kat_base_patch16_224-finetune_440bf1ead9dd8ecab642078cfb60ae542f1fa33ca65517260501e02c011e38f2.pth"}
+    "kat_base_patch16_224-finetune_440bf1ead9dd8ecab642078cfb60ae542f1fa33ca65517260501e02c011e38f2.pth",
+}
 
 
 class GRKANMlp(nn.Module):
@@ -50,16 +57,34 @@ class GRKANMlp(nn.Module):
     Shape: (..., in_features) -> (..., out_features).
     """
 
-    def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None, act_layer=None,
-                 norm_layer=None, bias=True, drop=0.0, act_init: tuple[str, str] = ("identity", "swish"),
-                 degrees: tuple[int, int] = (5, 4), num_groups: int = 8, numerator_groups: int = 1, mlp_basis: str = "rational", mlp_grid: int = 3,
-                 mlp_order: int = 3, mlp_grid_range: tuple[float, float] = (-3.0, 3.0), mlp_wavelet: str = "mexican_hat",
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer=None,
+        norm_layer=None,
+        bias=True,
+        drop=0.0,
+        act_init: tuple[str, str] = ("identity", "swish"),
+        degrees: tuple[int, int] = (5, 4),
+        num_groups: int = 8,
+        numerator_groups: int = 1,
+        mlp_basis: str = "rational",
+        mlp_grid: int = 3,
+        mlp_order: int = 3,
+        mlp_grid_range: tuple[float, float] = (-3.0, 3.0),
+        mlp_wavelet: str = "mexican_hat",
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         hidden_features, out_features = hidden_features or in_features, out_features or in_features
         bias, drop = to_2tuple(bias), to_2tuple(drop)
-        basis = _mlp_basis(mlp_basis, grid=mlp_grid, order=mlp_order, grid_range=tuple(mlp_grid_range), wavelet=mlp_wavelet)
+        basis = _mlp_basis(
+            mlp_basis, grid=mlp_grid, order=mlp_order, grid_range=tuple(mlp_grid_range), wavelet=mlp_wavelet
+        )
 
         def act(init: str, num_channels: int) -> nn.Module:
             if basis is None:
@@ -110,18 +135,45 @@ class KATMixin:
             instead; or one of timm's ("", "jax", "jax_nlhb", "moco", "skip").
     """
 
-    def __init__(self, *args, act_init: str | tuple[str, str] = "swish", degrees: tuple[int, int] = (5, 4), num_groups: int = 8,
-                 numerator_groups: int = 1, mlp_basis: str = "rational", mlp_grid: int = 3, mlp_order: int = 3,
-                 mlp_grid_range: tuple[float, float] = (-3.0, 3.0), mlp_wavelet: str = "mexican_hat", weight_init: str = "released",
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        act_init: str | tuple[str, str] = "swish",
+        degrees: tuple[int, int] = (5, 4),
+        num_groups: int = 8,
+        numerator_groups: int = 1,
+        mlp_basis: str = "rational",
+        mlp_grid: int = 3,
+        mlp_order: int = 3,
+        mlp_grid_range: tuple[float, float] = (-3.0, 3.0),
+        mlp_wavelet: str = "mexican_hat",
+        weight_init: str = "released",
+        **kwargs,
+    ) -> None:
         if weight_init not in (*INITS, "", "jax", "jax_nlhb", "moco", "skip", "reset"):
-            raise ValueError(f"unknown weight_init '{weight_init}'; there are: {', '.join(INITS)} and timm's jax, jax_nlhb, moco, skip")
+            raise ValueError(
+                f"unknown weight_init '{weight_init}'; there are: {', '.join(INITS)} and timm's jax, jax_nlhb, moco, skip"
+            )
         if kwargs.get("act_layer") is not None:
-            raise ValueError("a KAT has no act_layer: its activations are learned; act_init, or a name such as kat_tiny_gelu_*, says what they start from")
+            raise ValueError(
+                "a KAT has no act_layer: its activations are learned; act_init, or a name such as kat_tiny_gelu_*, says what they start from"
+            )
         pair = ("identity", act_init) if isinstance(act_init, str) else tuple(act_init)
-        kwargs.setdefault("mlp_layer", partial(GRKANMlp, act_init=pair, degrees=tuple(degrees), num_groups=num_groups,
-                                               numerator_groups=numerator_groups, mlp_basis=mlp_basis, mlp_grid=mlp_grid,
-                                               mlp_order=mlp_order, mlp_grid_range=mlp_grid_range, mlp_wavelet=mlp_wavelet))
+        kwargs.setdefault(
+            "mlp_layer",
+            partial(
+                GRKANMlp,
+                act_init=pair,
+                degrees=tuple(degrees),
+                num_groups=num_groups,
+                numerator_groups=numerator_groups,
+                mlp_basis=mlp_basis,
+                mlp_grid=mlp_grid,
+                mlp_order=mlp_order,
+                mlp_grid_range=mlp_grid_range,
+                mlp_wavelet=mlp_wavelet,
+            ),
+        )
         super().__init__(*args, weight_init="skip" if weight_init in INITS else weight_init, **kwargs)
         self.kat_init = weight_init if weight_init in INITS else ""
         if self.kat_init:
@@ -167,30 +219,48 @@ def init_mimetic_attention(attn: Attention, released: bool = False) -> None:
     query, key, value = attn.qkv.weight.chunk(3)
     for h in range(attn.num_heads):
         left, right = factors(0.7, 0.7)
-        query[h * d:(h + 1) * d] = left[:, :d].T
-        key[h * d:(h + 1) * d] = right[:d]
+        query[h * d : (h + 1) * d] = left[:, :d].T
+        key[h * d : (h + 1) * d] = right[:d]
     left, right = factors(0.4, -0.4)
     value.copy_(left if released else right)
     attn.proj.weight.copy_(right if released else left)
 
 
-def _kat(name: str, size: str, act: str, pretrained: bool = False, distilled: bool = False, **kwargs) -> VisionTransformer:
+def _kat(
+    name: str, size: str, act: str, pretrained: bool = False, distilled: bool = False, **kwargs
+) -> VisionTransformer:
     return build(DistilledKAT if distilled else KAT, name, pretrained, **{**SIZES[size], "act_init": act, **kwargs})
 
 
-def _flash_kat(name: str, size: str, act: str, pretrained: bool = False, m: int = 6, n: int = 4, num_groups: int = 1,
-               den_groups: int = 8, **kwargs) -> VisionTransformer:
+def _flash_kat(
+    name: str,
+    size: str,
+    act: str,
+    pretrained: bool = False,
+    m: int = 6,
+    n: int = 4,
+    num_groups: int = 1,
+    den_groups: int = 8,
+    **kwargs,
+) -> VisionTransformer:
     # FlashKAT's options count coefficients (m = degree + 1) and name the numerator's groups `num_groups`
-    return _kat(name, size, act, pretrained,
-                **{"degrees": (m - 1, n), "num_groups": den_groups, "numerator_groups": num_groups, **kwargs})
+    return _kat(
+        name,
+        size,
+        act,
+        pretrained,
+        **{"degrees": (m - 1, n), "num_groups": den_groups, "numerator_groups": num_groups, **kwargs},
+    )
 
 
 def _cfgs(name: str, size: str, act: str) -> dict:
     if act != "swish" or "micro" in size:
         return {name: model_cfg(SIZES[size]["img_size"])}
     hub = f"adamdad/kat_{size}"  # the published weights, from scratch (the default) and fine-tuned from a ViT
-    return {f"{name}.{tag}": model_cfg(hf_hub_id=hub_id, url=PUBLISHED[size.split("_")[0], tag])
-            for tag, hub_id in (("scratch", hub), ("vitft", f"{hub}.vitft"))}
+    return {
+        f"{name}.{tag}": model_cfg(hf_hub_id=hub_id, url=PUBLISHED[size.split("_")[0], tag])
+        for tag, hub_id in (("scratch", hub), ("vitft", f"{hub}.vitft"))
+    }
 
 
 def _names() -> dict[str, tuple]:
@@ -204,10 +274,14 @@ def _names() -> dict[str, tuple]:
     return names
 
 
-default_cfgs = generate_default_cfgs({tag: cfg for name, (_, size, act) in _names().items() for tag, cfg in _cfgs(name, size, act).items()})
+default_cfgs = generate_default_cfgs(
+    {tag: cfg for name, (_, size, act) in _names().items() for tag, cfg in _cfgs(name, size, act).items()}
+)
 for _name, (_make, _size, _act) in _names().items():
     register(_name, partial(_make, _name, _size, _act), f"KAT; the second rational starts as {_act}.")
 for _size in SIZES:
     _name = "kat_{}_distilled_{}".format(*_size.split("_", 1))
-    default_cfgs.update(generate_default_cfgs({_name: model_cfg(SIZES[_size]["img_size"], classifier=("head", "head_dist"))}))
+    default_cfgs.update(
+        generate_default_cfgs({_name: model_cfg(SIZES[_size]["img_size"], classifier=("head", "head_dist"))})
+    )
     register(_name, partial(_kat, _name, _size, "swish", distilled=True), "KAT with DeiT's distillation token.")

@@ -1,4 +1,5 @@
 """Weights into a model: all of them, or those that fit."""
+
 import re
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def choose(checkpoint: dict, use_ema: bool | None) -> tuple[dict[str, Tensor], s
     return (checkpoint["model_ema"], "EMA") if use_ema else (checkpoint["model"], "raw")
 
 
-def load_all(model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False,
-             mode: str = "bicubic") -> list[str]:
+def load_all(
+    model: nn.Module, weights: dict[str, Tensor], source: str | Path, resample: bool = False, mode: str = "bicubic"
+) -> list[str]:
     """Load all weights or none; with `resample`, position and patch embeddings and operators (by `mode`) may be of another size.
 
     Returns: what was resampled.
@@ -43,18 +45,31 @@ def load_all(model: nn.Module, weights: dict[str, Tensor], source: str | Path, r
     given, weights = weights, _resampled(model, weights, source, mode) if resample else weights
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is unknown to the model" for name in weights if name not in own]
-    faults += [f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-               for name in own if name in weights and weights[name].shape != own[name].shape]
+    faults += [
+        f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"{source} does not fit the model{_other_model(model, source)}: {'; '.join(faults[:3])}{more}")
+        raise CheckpointError(
+            f"{source} does not fit the model{_other_model(model, source)}: {'; '.join(faults[:3])}{more}"
+        )
     model.load_state_dict(weights)
-    return ranges(f"{name} {tuple(value.shape)} -> {tuple(weights[name].shape)}" for name, value in given.items()
-                  if name in weights and value.shape != weights[name].shape)
+    return ranges(
+        f"{name} {tuple(value.shape)} -> {tuple(weights[name].shape)}"
+        for name, value in given.items()
+        if name in weights and value.shape != weights[name].shape
+    )
 
 
-def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Path, mode: str = "bicubic",
-                  trained: nn.Module | None = None) -> list[str]:
+def load_matching(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    source: str | Path,
+    mode: str = "bicubic",
+    trained: nn.Module | None = None,
+) -> list[str]:
     """Load every tensor that fits by name and shape, embeddings and operators (by `mode`) resampled; the others keep their values.
 
     Operators and functions of an MLP are left out whole if their basis is another one than in `trained`, the model of the file, where it is known.
@@ -63,7 +78,9 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Pa
     Raises: CheckpointError if less than a hundredth of the model's parameters fit.
     """
     own = model.state_dict()
-    strange = {name for prefix in _of_another_basis(model, weights, trained) for name in weights if name.startswith(prefix)}
+    strange = {
+        name for prefix in _of_another_basis(model, weights, trained) for name in weights if name.startswith(prefix)
+    }
     all_weights, weights = weights, {name: value for name, value in weights.items() if name not in strange}
     try:
         resized = _resampled(model, weights, source, mode)
@@ -75,28 +92,47 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str | Pa
     fit = {name: value for name, value in resized.items() if name in own and value.shape == own[name].shape}
     covered, total = (sum(value.numel() for value in values) for values in (fit.values(), own.values()))
     if covered < total / 100:
-        raise CheckpointError(f"{source} does not fit the model{_other_model(model, source)}: nothing was loaded, because the tensors "
-                              f"that fit are {covered:,} of its {total:,} parameters")
+        raise CheckpointError(
+            f"{source} does not fit the model{_other_model(model, source)}: nothing was loaded, because the tensors "
+            f"that fit are {covered:,} of its {total:,} parameters"
+        )
     model.load_state_dict(fit, strict=False)
-    shapes = {name: f"{name} {tuple(weights[name].shape)} -> {tuple(own[name].shape)}" for name in weights if name in own}
-    groups = {"resampled": ranges(shapes[name] for name in fit if name in weights and weights[name].shape != own[name].shape),
-              "of another shape, not loaded": ranges(shapes[name] for name in resized if name in own and name not in fit),
-              "of another basis, not loaded": ranges(name for name in all_weights if name in strange),
-              "not in the file, start anew": ranges(name for name in own if name not in resized and name not in strange),
-              "not in the model, left out": ranges(name for name in weights if name not in own)}
-    return [f"{len(fit)} of {len(own)} tensors taken from {source}"] + [f"  {what}: {', '.join(names)}" for what, names in groups.items() if names]
+    shapes = {
+        name: f"{name} {tuple(weights[name].shape)} -> {tuple(own[name].shape)}" for name in weights if name in own
+    }
+    groups = {
+        "resampled": ranges(shapes[name] for name in fit if name in weights and weights[name].shape != own[name].shape),
+        "of another shape, not loaded": ranges(shapes[name] for name in resized if name in own and name not in fit),
+        "of another basis, not loaded": ranges(name for name in all_weights if name in strange),
+        "not in the file, start anew": ranges(name for name in own if name not in resized and name not in strange),
+        "not in the model, left out": ranges(name for name in weights if name not in own),
+    }
+    return [f"{len(fit)} of {len(own)} tensors taken from {source}"] + [
+        f"  {what}: {', '.join(names)}" for what, names in groups.items() if names
+    ]
 
 
 def _of_another_basis(model: nn.Module, weights: dict[str, Tensor], trained: nn.Module | None) -> list[str]:
     """Prefixes of the operators and functions of `model` whose coefficients in `weights` are of another basis, by `trained` or their number."""
     theirs = {} if trained is None else _bases(trained)
-    return [f"{name}." for name, basis in _bases(model).items() if repr(theirs.get(name, basis)) != repr(basis) or any(
-        value.shape[-1:] != (basis.num_coefficients,) for key, value in weights.items() if key.startswith(f"{name}.") and key.endswith("coefficients"))]
+    return [
+        f"{name}."
+        for name, basis in _bases(model).items()
+        if repr(theirs.get(name, basis)) != repr(basis)
+        or any(
+            value.shape[-1:] != (basis.num_coefficients,)
+            for key, value in weights.items()
+            if key.startswith(f"{name}.") and key.endswith("coefficients")
+        )
+    ]
 
 
 def _bases(model: nn.Module) -> dict[str, Basis]:
-    return {name: module.basis if isinstance(module, GroupBasis) else module.layers[0].basis for name, module in model.named_modules()
-            if isinstance(module, (GroupBasis, KArAtOperator))}
+    return {
+        name: module.basis if isinstance(module, GroupBasis) else module.layers[0].basis
+        for name, module in model.named_modules()
+        if isinstance(module, (GroupBasis, KArAtOperator))
+    }
 
 
 def _other_model(model: nn.Module, source: str | Path) -> str:
@@ -116,8 +152,17 @@ def _resampled(model: nn.Module, weights: dict[str, Tensor], source: str | Path,
         if "pos_embed" in weights and model.pos_embed is not None:
             position, own = weights["pos_embed"], 0 if model.no_embed_class else model.num_prefix_tokens
             theirs = prefix_tokens(weights)
-            weights["pos_embed"] = torch.cat([position[:, :min(own, theirs)], model.pos_embed[:, theirs:own].to(position).detach(), position[:, theirs:]], 1)
-        return checkpoint_filter_fn(resample_operators(weights, model, mode) if mode else weights, model, adapt_layer_scale=True)
+            weights["pos_embed"] = torch.cat(
+                [
+                    position[:, : min(own, theirs)],
+                    model.pos_embed[:, theirs:own].to(position).detach(),
+                    position[:, theirs:],
+                ],
+                1,
+            )
+        return checkpoint_filter_fn(
+            resample_operators(weights, model, mode) if mode else weights, model, adapt_layer_scale=True
+        )
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{source}: it cannot be resampled to the model ({first_line(error)})") from error
 
@@ -127,9 +172,15 @@ def ranges(names) -> list[str]:
     groups: dict[str, list[int]] = {}
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
-        groups.setdefault(name.replace(number[0], ".{}.", 1) if number else name, []).append(int(number[1]) if number else 0)
-    return [pattern.replace("{}", "{" + _spans(sorted(numbers)) + "}") if len(numbers) > 1 else pattern.replace("{}", str(numbers[0]))
-            for pattern, numbers in groups.items()]
+        groups.setdefault(name.replace(number[0], ".{}.", 1) if number else name, []).append(
+            int(number[1]) if number else 0
+        )
+    return [
+        pattern.replace("{}", "{" + _spans(sorted(numbers)) + "}")
+        if len(numbers) > 1
+        else pattern.replace("{}", str(numbers[0]))
+        for pattern, numbers in groups.items()
+    ]
 
 
 def _spans(numbers: list[int]) -> str:

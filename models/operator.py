@@ -5,6 +5,7 @@
 There is no softmax and no normalisation. N is the number of tokens, to which the parameters are tied (models/resample.py changes it).
 Source: KArAt (arXiv:2503.10632).
 """
+
 import copy
 import math
 
@@ -41,10 +42,25 @@ class KArAtOperator(nn.Module):
     Raises: ValueError for options that do not fit.
     """
 
-    def __init__(self, num_tokens: int, num_heads: int, basis: Basis, hidden_dim: int = 12, depth: int = 2, modular: bool = True,
-                 mode: str = "phi1_w2", base_fn: nn.Module | None = None, project_l1: bool = False, init: str = "published",
-                 init_scale: float = 1.0, output_scale: str = "1", base_trainable: bool = True, basis_trainable: bool = True,
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        num_heads: int,
+        basis: Basis,
+        hidden_dim: int = 12,
+        depth: int = 2,
+        modular: bool = True,
+        mode: str = "phi1_w2",
+        base_fn: nn.Module | None = None,
+        project_l1: bool = False,
+        init: str = "published",
+        init_scale: float = 1.0,
+        output_scale: str = "1",
+        base_trainable: bool = True,
+        basis_trainable: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         check_positive(num_tokens=num_tokens, num_heads=num_heads, hidden_dim=hidden_dim, depth=depth)
         for option, value, choices in (("mode", mode, MODES), ("output_scale", output_scale, OUTPUT_SCALES)):
@@ -56,11 +72,12 @@ class KArAtOperator(nn.Module):
         first, last = modular and mode == "w1_phi2", modular and mode == "phi1_w2"  # where W stands
         self.project_in = nn.Parameter(torch.empty(num_heads, r, N, **dd)) if first else None
         self.project_out = nn.Parameter(torch.empty(num_heads, N, r, **dd)) if last else None
-        widths = [N, *[r] * (depth - 1), N][first:depth + 1 - last]
+        widths = [N, *[r] * (depth - 1), N][first : depth + 1 - last]
         scales = [1.0] * (len(widths) - 2) + [init_scale if last or init == "published" else init_scale / math.sqrt(N)]
         self.layers = nn.ModuleList(
             KANLayer(n, m, basis, num_heads, copy.deepcopy(base_fn), init, scale, base_trainable, basis_trainable, **dd)
-            for n, m, scale in zip(widths, widths[1:], scales))
+            for n, m, scale in zip(widths, widths[1:], scales)
+        )
         if output_scale == "learned":
             self.output_scale = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
         else:
@@ -75,16 +92,22 @@ class KArAtOperator(nn.Module):
                 continue
             fan_in = weight.shape[-1]
             if self.init == "scaled":
-                nn.init.normal_(weight, std=1 / math.sqrt(fan_in * (self.num_tokens if weight is self.project_out else 1)))
+                nn.init.normal_(
+                    weight, std=1 / math.sqrt(fan_in * (self.num_tokens if weight is self.project_out else 1))
+                )
             else:
                 nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         if self.output_scale is not None and not self.output_scale.is_meta:
-            self.output_scale.fill_(1 if isinstance(self.output_scale, nn.Parameter) else 1 / math.sqrt(self.num_tokens))
+            self.output_scale.fill_(
+                1 if isinstance(self.output_scale, nn.Parameter) else 1 / math.sqrt(self.num_tokens)
+            )
 
     @property
     def features_per_row(self) -> int:
         """Elements of the largest tensor that one row of scores needs, apart from what a layer divides into chunks by itself."""
-        return max(self.num_tokens, *(f.in_features * (f.basis.working_set if f.basis.linear else 1) for f in self.layers))
+        return max(
+            self.num_tokens, *(f.in_features * (f.basis.working_set if f.basis.linear else 1) for f in self.layers)
+        )
 
     def functions(self, scores: Tensor) -> Tensor:
         """All stages up to the last layer of functions: (B, h, M, N) -> (B, h, M, r or N). Only its products follow autocast."""

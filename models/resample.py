@@ -7,6 +7,7 @@ whose every patch is split in equal ones gives the same result (but not behind t
     sum over q    scale_base and scale_basis of the first layer, or project_in where W comes first
     sum over n    project_out, or scale_base and scale_basis of the last layer where there is none (at depth 1 the same ones again)
 """
+
 import math
 import re
 
@@ -16,11 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-_KEY = re.compile(r"((?:.*\.)?(?:operator|karat)\.|)(?:layers\.(\d+)\.(coefficients|scale_base|scale_basis)|(project_in|project_out))")
+_KEY = re.compile(
+    r"((?:.*\.)?(?:operator|karat)\.|)(?:layers\.(\d+)\.(coefficients|scale_base|scale_basis)|(project_in|project_out))"
+)
 
 
-def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple[int, int], new_grid: int | tuple[int, int],
-                            num_prefix_tokens: int = 1, mode: str = "bicubic", antialias: bool = True) -> dict[str, Tensor]:
+def resample_operator_state(
+    state_dict: dict[str, Tensor],
+    old_grid: int | tuple[int, int],
+    new_grid: int | tuple[int, int],
+    num_prefix_tokens: int = 1,
+    mode: str = "bicubic",
+    antialias: bool = True,
+) -> dict[str, Tensor]:
     """A copy of the state in which all operators are for the patch grid `new_grid`; everything else is passed on.
 
     Args:
@@ -58,7 +67,9 @@ def resample_operator_state(state_dict: dict[str, Tensor], old_grid: int | tuple
     return resampled
 
 
-def resample_operators(state_dict: dict[str, Tensor], model: VisionTransformer, mode: str = "bicubic") -> dict[str, Tensor]:
+def resample_operators(
+    state_dict: dict[str, Tensor], model: VisionTransformer, mode: str = "bicubic"
+) -> dict[str, Tensor]:
     """The state of a model, its operators resampled from the square grid that they are for to the grid of `model`.
 
     Raises: ValueError if they are for no square grid behind the class tokens of `model`.
@@ -67,7 +78,7 @@ def resample_operators(state_dict: dict[str, Tensor], model: VisionTransformer, 
     if old in (None, prefix + model.patch_embed.num_patches):
         return state_dict
     side = math.isqrt(max(0, old - prefix))
-    if prefix + side ** 2 != old:
+    if prefix + side**2 != old:
         raise ValueError(f"operators for {old} tokens, which are not {prefix} and a square of patches")
     return resample_operator_state(state_dict, side, model.patch_embed.grid_size, prefix, mode)
 
@@ -81,8 +92,16 @@ def _tokens(state_dict: dict[str, Tensor]) -> int | None:
     return None
 
 
-def _resample(x: Tensor, axis: int, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool,
-              scale: float) -> Tensor:
+def _resample(
+    x: Tensor,
+    axis: int,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    prefix: int,
+    mode: str,
+    antialias: bool,
+    scale: float,
+) -> Tensor:
     """Along the token axis: `prefix` tokens as they are, then the patches of the grid, row by row, times `scale`."""
     if x.shape[axis] != prefix + old[0] * old[1]:
         raise ValueError(f"expected {prefix} + {old[0]} x {old[1]} tokens, not {x.shape[axis]}")

@@ -2,6 +2,7 @@
 
 The baselines vit_{tiny,small,base}_patch16_224 are timm's own names and are not registered again.
 """
+
 import sys
 from functools import partial
 
@@ -22,23 +23,48 @@ SIZES = {
 
 def model_cfg(img_size: int = 224, **kwargs) -> dict:
     """timm's description of weights and data: DeiT's evaluation (ImageNet statistics, crop 0.875, bicubic) unless overridden."""
-    return {**dict(url="", num_classes=1000, input_size=(3, img_size, img_size), pool_size=None, crop_pct=0.875,
-                   interpolation="bicubic", fixed_input_size=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-                   first_conv="patch_embed.proj", classifier="head"), **kwargs}
+    return {
+        **dict(
+            url="",
+            num_classes=1000,
+            input_size=(3, img_size, img_size),
+            pool_size=None,
+            crop_pct=0.875,
+            interpolation="bicubic",
+            fixed_input_size=True,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
+        **kwargs,
+    }
 
 
-def build(model_cls: type[VisionTransformer], variant: str, pretrained: bool = False, out_indices=3, **kwargs) -> VisionTransformer:
+def build(
+    model_cls: type[VisionTransformer], variant: str, pretrained: bool = False, out_indices=3, **kwargs
+) -> VisionTransformer:
     """timm's builder: weights from the hub or a file, resampled patch and position embeddings and operators, features_only."""
-    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=lambda w, m: checkpoint_filter_fn(resample_operators(w, m), m),
-                                feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs)
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=lambda w, m: checkpoint_filter_fn(resample_operators(w, m), m),
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
 
 
 def register(name: str, make, doc: str) -> None:
     """Enter `make(pretrained, **kwargs)` into timm's registry under `name`, as an entry point of the module that defines `make`."""
     module = (make.func if isinstance(make, partial) else make).__module__
 
-    def entrypoint(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-        builder = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, cache_dir=cache_dir)
+    def entrypoint(
+        pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
+    ):
+        builder = dict(
+            pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, cache_dir=cache_dir
+        )
         return make(pretrained, **{k: v for k, v in builder.items() if v is not None}, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
@@ -60,6 +86,10 @@ def _deit3(timm_name: str, pretrained: bool = False, **kwargs) -> VisionTransfor
     return getattr(deit, timm_name)(pretrained=pretrained, **kwargs)
 
 
-for _name, _timm_name in (("deit_small_patch16_LS", "deit3_small_patch16_224"), ("deit_base_patch16_LS", "deit3_base_patch16_224"),
-                          ("deit_large_patch16_LS", "deit3_large_patch16_224"), ("deit_huge_patch14_LS", "deit3_huge_patch14_224")):
+for _name, _timm_name in (
+    ("deit_small_patch16_LS", "deit3_small_patch16_224"),
+    ("deit_base_patch16_LS", "deit3_base_patch16_224"),
+    ("deit_large_patch16_LS", "deit3_large_patch16_224"),
+    ("deit_huge_patch14_LS", "deit3_huge_patch14_224"),
+):
     register(_name, partial(_deit3, _timm_name), f"DeiT III's own name of {_timm_name}.")

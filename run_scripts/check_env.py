@@ -6,6 +6,7 @@ Prints one line; exit status 0 if satisfied, else 1. Needs only the standard lib
 Versions alone prove little: a torch and a torchvision that do not belong together fail at import
 ("operator torchvision::nms does not exist"), and so does SciPy built for another NumPy. So every required package is imported.
 """
+
 import re
 import sys
 import warnings
@@ -23,7 +24,11 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = {"cupy", "fvcore", "wandb"}  # everything runs without them
-MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pytest-xdist": "xdist"}  # where the module is not named like the package
+MODULES = {
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+    "pytest-xdist": "xdist",
+}  # where the module is not named like the package
 CUPY = re.compile(r"cupy(-cuda\d+x|-rocm-[\d-]+)?")  # any wheel of CuPy will do: which one depends on torch's CUDA
 
 

@@ -6,6 +6,7 @@ The folder holds ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar and I
 they stay where they are. A part is extracted under another name and named train or val once it is complete: run this again
 after an interruption, and complete parts are kept while an unfinished one starts anew.
 """
+
 import argparse
 import shutil
 import sys
@@ -25,14 +26,18 @@ def parse(function, archive: Path, out: Path, **options) -> None:
         function(out, str(archive), **options)
     except RuntimeError as error:
         if "corrupted" in str(error):  # torchvision's check of the md5
-            raise RuntimeError(f"{archive} is incomplete or corrupt, its md5 is not the published one; get it anew from {SOURCE}") from error
+            raise RuntimeError(
+                f"{archive} is incomplete or corrupt, its md5 is not the published one; get it anew from {SOURCE}"
+            ) from error
         raise
 
 
 def extract(archives: Path, out: Path) -> None:
     """Raises: RuntimeError (an archive is missing or corrupt) or OSError."""
     parts = [part for part in ("train", "val") if not complete(out / part)]
-    files = {name: archives.resolve() / imagenet.ARCHIVE_META[name][0] for name in parts + ["devkit"] * ("val" in parts)}
+    files = {
+        name: archives.resolve() / imagenet.ARCHIVE_META[name][0] for name in parts + ["devkit"] * ("val" in parts)
+    }
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
         raise RuntimeError(f"{archives} lacks {', '.join(missing)}; get what is missing from {SOURCE}")
@@ -49,13 +54,17 @@ def extract(archives: Path, out: Path) -> None:
             parse(imagenet.parse_val_archive, files["val"], out, folder=unfinished.name)
         unfinished.rename(out / part)
     for part in ("train", "val"):
-        print(f"{out / part}: {sum(1 for _ in (out / part).iterdir())} classes{'' if part in parts else ', was there already'}")
+        print(
+            f"{out / part}: {sum(1 for _ in (out / part).iterdir())} classes{'' if part in parts else ', was there already'}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Extract ImageNet-1K's archives into train/ and val/.")
     parser.add_argument("archives", type=Path, metavar="FOLDER_WITH_TARS", help="folder of the three archives")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for train/ and val/ (default: that of the archives)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for train/ and val/ (default: that of the archives)"
+    )
     args = parser.parse_args(argv)
     try:
         extract(args.archives, args.out or args.archives)

@@ -1,4 +1,5 @@
 """KArAt written down edge by edge: loops over scalars, no batch, no features. The tests compare the layer and the operator with it."""
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,11 +8,18 @@ from torch.utils._pytree import tree_leaves
 from kan_basis import make_basis
 from models.operator import KArAtOperator
 
-BASES = {"fourier": dict(grid=2), "spline": dict(grid=2, order=2, grid_range=(-2, 2)), "wavelet": dict(wavelet="mexican_hat"),
-         "rational": dict(degrees=(3, 2), version="B")}
+BASES = {
+    "fourier": dict(grid=2),
+    "spline": dict(grid=2, order=2, grid_range=(-2, 2)),
+    "wavelet": dict(wavelet="mexican_hat"),
+    "rational": dict(degrees=(3, 2), version="B"),
+}
 
-STAGES = [dict(depth=1), *(dict(depth=d, modular=True, mode=m) for d in (2, 3) for m in ("phi1_w2", "w1_phi2")),
-          *(dict(depth=d, modular=False) for d in (2, 3))]
+STAGES = [
+    dict(depth=1),
+    *(dict(depth=d, modular=True, mode=m) for d in (2, 3) for m in ("phi1_w2", "w1_phi2")),
+    *(dict(depth=d, modular=False) for d in (2, 3)),
+]
 
 
 def basis(name):

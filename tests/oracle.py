@@ -2,6 +2,7 @@
 
 An independent second formulation for the tests, differentiated by autograd; slow on purpose. sign(0) = +1 for x and for b.
 """
+
 import torch
 from torch import Tensor
 
@@ -16,13 +17,13 @@ def rational_oracle(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor
     width = C // groups
     outputs = []
     for g in range(groups):
-        z = x[..., g * width:(g + 1) * width].reshape(-1)
+        z = x[..., g * width : (g + 1) * width].reshape(-1)
         a, b = numerator[g * numerator.shape[0] // groups], denominator[g * denominator.shape[0] // groups]
         powers = [torch.ones_like(z)]
         for _ in range(max(len(a) - 1, len(b))):
             powers.append(powers[-1] * z)
         powers = torch.stack(powers, 1)
-        p = (powers[:, :len(a)] * a).sum(1)
-        q = 1 + (_abs(powers[:, 1:len(b) + 1]) * _abs(b)).sum(1)
+        p = (powers[:, : len(a)] * a).sum(1)
+        q = 1 + (_abs(powers[:, 1 : len(b) + 1]) * _abs(b)).sum(1)
         outputs.append((p / q).reshape(*x.shape[:-1], width))
     return torch.cat(outputs, -1)

@@ -1,5 +1,6 @@
 """main.py in several processes: `python processes.py N FLAGS` starts them as torchrun would, but forked after the imports, which take longer than
 the small runs of the tests. Ends with the first exit code that is not 0."""
+
 import os
 import socket
 import sys
@@ -17,8 +18,14 @@ def run(count: int, flags: list[str]) -> int:
     for rank in range(count):
         child = os.fork()
         if child == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost",
-                              MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(count),
+                LOCAL_WORLD_SIZE=str(count),
+                MASTER_ADDR="localhost",
+                MASTER_PORT=str(port),
+            )
             code = 1
             try:
                 code = main.main(flags)

@@ -1,4 +1,5 @@
 """Every basis of the registry and every wavelet, against formulas written out for one number at a time."""
+
 import math
 
 import numpy as np
@@ -11,10 +12,12 @@ from kan_basis import BASES, FourierBasis, RationalBasis, SplineBasis, WaveletBa
 from kan_basis.basis import INITS, Basis, mean_square, register
 from kan_basis.wavelet import MIN_SCALE, WAVELETS, register_wavelet
 
-OPTIONS = {"fourier": [{}, {"grid": 1}, {"grid": 11}],
-           "spline": [{}, {"grid": 1, "order": 1}, {"grid": 5, "order": 2, "grid_range": (-3, 2)}, {"grid": 4, "order": 0}],
-           "rational": [{}, {"version": "A"}, {"degrees": (0, 1)}, {"degrees": (3, 6), "version": "A"}],
-           "wavelet": [{"wavelet": name} for name in WAVELETS]}
+OPTIONS = {
+    "fourier": [{}, {"grid": 1}, {"grid": 11}],
+    "spline": [{}, {"grid": 1, "order": 1}, {"grid": 5, "order": 2, "grid_range": (-3, 2)}, {"grid": 4, "order": 0}],
+    "rational": [{}, {"version": "A"}, {"degrees": (0, 1)}, {"degrees": (3, 6), "version": "A"}],
+    "wavelet": [{"wavelet": name} for name in WAVELETS],
+}
 EVERY = [make_basis(name, **options) for name in BASES if name in OPTIONS for options in OPTIONS[name]]
 every = pytest.mark.parametrize("basis", EVERY, ids=repr)
 
@@ -44,7 +47,9 @@ LITERAL_WAVELETS = {
     "dog_wavkan": lambda u: -u * math.exp(-(u**2) / 2),
     "meyer": lambda u: math.sin(math.pi * abs(u)) * literal_m(literal_nu(abs(u))),
     "meyer_wavkan": lambda u: math.sin(math.pi * abs(u)) * literal_m(abs(u)),
-    "shannon": lambda u: (math.sin(u) / u if u else 1.0) * (0.54 + 0.46 * math.cos(math.pi * u / 8) if abs(u) <= 8 else 0.0),
+    "shannon": lambda u: (
+        (math.sin(u) / u if u else 1.0) * (0.54 + 0.46 * math.cos(math.pi * u / 8) if abs(u) <= 8 else 0.0)
+    ),
 }
 
 
@@ -54,7 +59,7 @@ def literal(basis, x, theta):
         a, b = np.split(theta, 2)
         return [sum(a[m] * math.cos((m + 1) * v) + b[m] * math.sin((m + 1) * v) for m in range(basis.grid)) for v in x]
     if isinstance(basis, RationalBasis):
-        (m, n), b = basis.degrees, theta[basis.degrees[0] + 1:]
+        (m, n), b = basis.degrees, theta[basis.degrees[0] + 1 :]
         terms = lambda v: [b[j] * v ** (j + 1) for j in range(n)]
         q = {"A": lambda v: 1 + sum(map(abs, terms(v))), "B": lambda v: 1 + abs(sum(terms(v)))}[basis.version]
         return [sum(theta[i] * v**i for i in range(m + 1)) / q(v) for v in x]
@@ -62,7 +67,10 @@ def literal(basis, x, theta):
         return [theta[0] * LITERAL_WAVELETS[basis.wavelet]((v - theta[1]) / theta[2]) for v in x]
     (lo, hi), k = basis.grid_range, basis.order
     knots = lo + (hi - lo) / basis.grid * np.arange(-k, basis.grid + k + 1)
-    return sum(c * np.nan_to_num(BSpline.basis_element(knots[i:i + k + 2], extrapolate=False)(x)) for i, c in enumerate(theta))
+    return sum(
+        c * np.nan_to_num(BSpline.basis_element(knots[i : i + k + 2], extrapolate=False)(x))
+        for i, c in enumerate(theta)
+    )
 
 
 def test_every_basis_of_the_registry_is_tested():
@@ -121,7 +129,9 @@ def test_half_precision_is_computed_in_float32(basis, dtype):
     exact = basis(x.double(), theta.double())
     assert exact.dtype is torch.float64
     error = (basis(x, theta.float()).double() - exact).abs().max() / exact.abs().max()
-    if not (isinstance(basis, SplineBasis) and basis.order == 0):  # constant pieces: float32 may take a point for the next cell's
+    if not (
+        isinstance(basis, SplineBasis) and basis.order == 0
+    ):  # constant pieces: float32 may take a point for the next cell's
         assert error < 3e-6
     assert torch.equal(y, basis(x.float(), theta.float()).to(dtype))
 
@@ -159,7 +169,9 @@ def test_published_init_is_a_standard_normal(basis):
 @every
 def test_wrong_coefficients_and_inits_get_a_sentence(basis):
     theta = torch.randn(4, basis.num_coefficients + 1)
-    with pytest.raises(ValueError, match=rf"theta must have {basis.num_coefficients} coefficients .* not \(4, {theta.shape[1]}\)"):
+    with pytest.raises(
+        ValueError, match=rf"theta must have {basis.num_coefficients} coefficients .* not \(4, {theta.shape[1]}\)"
+    ):
         basis(torch.randn(4), theta)
     with pytest.raises(ValueError, match="unknown init 'xavier'; there are: published, scaled"):
         basis.reset_(theta[:, 1:], "xavier")
@@ -168,13 +180,22 @@ def test_wrong_coefficients_and_inits_get_a_sentence(basis):
             basis.reset_(theta[:, 1:], init, 0)
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("fourier", {"grid": 0}, "grid must be at least 1"), ("spline", {"grid": 0}, "grid must be at least 1"),
-    ("spline", {"order": -1}, "order must be at least 0"), ("spline", {"grid_range": (1, -1)}, "finite and increasing"),
-    ("spline", {"grid_range": (0, math.inf)}, "finite and increasing"), ("rational", {"degrees": (5, 0)}, "degrees must be"),
-    ("rational", {"degrees": (-1, 4)}, "degrees must be"), ("rational", {"degrees": (5,)}, "degrees must be"),
-    ("rational", {"version": "C"}, "unknown version 'C'; there are: A, B"),
-    ("wavelet", {"wavelet": "haar"}, "unknown wavelet 'haar'; there are: .*mexican_hat"), ("chebyshev", {}, "unknown basis 'chebyshev'.*fourier")])
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("fourier", {"grid": 0}, "grid must be at least 1"),
+        ("spline", {"grid": 0}, "grid must be at least 1"),
+        ("spline", {"order": -1}, "order must be at least 0"),
+        ("spline", {"grid_range": (1, -1)}, "finite and increasing"),
+        ("spline", {"grid_range": (0, math.inf)}, "finite and increasing"),
+        ("rational", {"degrees": (5, 0)}, "degrees must be"),
+        ("rational", {"degrees": (-1, 4)}, "degrees must be"),
+        ("rational", {"degrees": (5,)}, "degrees must be"),
+        ("rational", {"version": "C"}, "unknown version 'C'; there are: A, B"),
+        ("wavelet", {"wavelet": "haar"}, "unknown wavelet 'haar'; there are: .*mexican_hat"),
+        ("chebyshev", {}, "unknown basis 'chebyshev'.*fourier"),
+    ],
+)
 def test_bad_options_get_a_sentence(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_basis(name, **options)
@@ -189,6 +210,7 @@ def test_registries_refuse_a_second_owner_of_a_name():
 
     def dog(u):
         return u
+
     with pytest.raises(ValueError, match="there is a wavelet 'dog' already"):
         register_wavelet(dog)
 
@@ -220,13 +242,23 @@ def test_fit_recovers_curves():
     own = 4 * torch.rand(2, 3, 60, dtype=torch.float64) - 2  # samples of its own for every curve
     torch.testing.assert_close(basis.fit(own, basis(own, theta.unsqueeze(-2))), theta, rtol=0, atol=1e-8)
     assert basis.fit(x.float(), x.sin().float()).dtype is torch.float32
-    assert (SplineBasis(20, 3, (-2, 2)).fit(x[x < 0], x[x < 0].sin()).abs() < 2).all()  # nothing known above 0: the smallest solution
+    assert (
+        SplineBasis(20, 3, (-2, 2)).fit(x[x < 0], x[x < 0].sin()).abs() < 2
+    ).all()  # nothing known above 0: the smallest solution
     with pytest.raises(ValueError, match="fit needs x"):
         basis.fit(x, x[1:])
 
 
-@pytest.mark.parametrize("new, tolerance", [(SplineBasis(6, 3, (-1, 1)), 1e-12), (SplineBasis(15, 3, (-5, 5)), 1e-12), (SplineBasis(3, 3, (0, 1)), 1e-12),
-                                            (SplineBasis(60, 3, (-1.3, 1.1)), 1e-3), (SplineBasis(40, 4, (-1.0, 1.0)), 2e-2)])
+@pytest.mark.parametrize(
+    "new, tolerance",
+    [
+        (SplineBasis(6, 3, (-1, 1)), 1e-12),
+        (SplineBasis(15, 3, (-5, 5)), 1e-12),
+        (SplineBasis(3, 3, (0, 1)), 1e-12),
+        (SplineBasis(60, 3, (-1.3, 1.1)), 1e-3),
+        (SplineBasis(40, 4, (-1.0, 1.0)), 2e-2),
+    ],
+)
 def test_refit_keeps_the_function(new, tolerance):
     """Exact where the new knots contain the old ones, with the outside: 15 cells on [-5, 5] have all the knots of 3 cells on [-1, 1]."""
     old = SplineBasis(3, 3, (-1, 1))
@@ -247,7 +279,12 @@ def test_grid_update_covers_the_samples():
     inner = old.update_grid(x, margin=0, quantile=0.05).grid_range
     assert 0.9 <= ((x >= inner[0]) & (x <= inner[1])).float().mean() < 0.91
     assert old.update_grid(torch.full((5,), 7.0)).grid_range == (6, 8)
-    for samples, options in ((torch.empty(0), {}), (torch.tensor([0, math.nan]), {}), (x, {"quantile": 0.5}), (x, {"margin": -1})):
+    for samples, options in (
+        (torch.empty(0), {}),
+        (torch.tensor([0, math.nan]), {}),
+        (x, {"quantile": 0.5}),
+        (x, {"margin": -1}),
+    ):
         with pytest.raises(ValueError, match="update_grid needs"):
             old.update_grid(samples, **options)
 
@@ -274,7 +311,7 @@ def test_shannon_gradient_in_float32_near_zero():
     exact = x.detach().double().requires_grad_()
     got, want = (torch.autograd.grad(WAVELETS["shannon"](t).sum(), t)[0] for t in (x, exact))
     assert (got.double() - want).abs().max() < 3e-6
-    assert mean_square(WAVELETS["dog"]) == pytest.approx(3 ** -1.5, rel=1e-12)  # E[x^2 exp(-x^2)]
+    assert mean_square(WAVELETS["dog"]) == pytest.approx(3**-1.5, rel=1e-12)  # E[x^2 exp(-x^2)]
 
 
 @pytest.mark.parametrize("version", ["A", "B"])

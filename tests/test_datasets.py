@@ -88,7 +88,7 @@ def test_digits_split_is_fixed_stratified_and_disjoint():
     assert np.abs(np.bincount(val.targets) - share).max() <= 1
     scans = [Counter((image.tobytes(), int(t)) for image, t in zip(part.images, part.targets)) for part in (train, val)]
     assert sum((scans[0] + scans[1]).values()) == 1797 and not scans[0] & scans[1]
-    assert val.targets[:8].tolist() == [7, 3, 1, 3, 0, 3, 4, 7]    # the split must not change between versions
+    assert val.targets[:8].tolist() == [7, 3, 1, 3, 0, 3, 4, 7]  # the split must not change between versions
     train.transform = None
     image, target = train[0]
     assert isinstance(target, int) and image.mode == "RGB" and image.size == (8, 8)
@@ -113,7 +113,7 @@ def test_subset_arguments():
     train, val, classes = build_datasets(args)
     assert set(np.bincount(train.targets)) <= {9, 10, 11} and set(np.bincount(val.targets)) <= {1, 2, 3}
     assert len(classes) == 10
-    np.random.seed(123)    # global generators have no say
+    np.random.seed(123)  # global generators have no say
     np.testing.assert_array_equal(build_datasets(args)[0].images, train.images)
     assert not np.array_equal(build_datasets(make_args(train_subset=100, seed=8))[0].images, train.images)
     for overrides in ({"train_subset": 0}, {"val_subset": 298}):
@@ -128,19 +128,26 @@ def test_image_folder_tree(tmp_path, val):
     assert (len(train), len(held_out), classes) == (7, 6, ["cat", "dog"])
     random_crops = [any(isinstance(s, T.RandomCrop) for s in part.transform.transforms) for part in (train, held_out)]
     assert random_crops == [True, False]
-    train = pickle.loads(pickle.dumps(train))    # what a spawned worker gets
+    train = pickle.loads(pickle.dumps(train))  # what a spawned worker gets
     images, targets = zip(*train)
     assert {image.shape for image in images} == {(3, 32, 32)} and targets == (0, 0, 0, 0, 1, 1, 1)
 
 
-@pytest.mark.parametrize("paths, words", [
-    ([], ["no folder named train"]),
-    (["train/"], ["no validation folder", "val, valid, validation, test"]),
-    (["train/", "val/"], ["train has no class folders"]),
-    ([*TREE, "train/empty/"], ["train/empty", "without any image", ".jpg"]),
-    ([*TREE, "train/fox/0.jpg", "val/fox/a.txt"], ["val/fox", "without any image"]),
-    ([*TREE, "train/emu/0.jpg", "val/fox/0.jpg", "val/gnu/0.jpg"], ["only in train: emu;", "only in val: fox, gnu"]),
-    ([*TREE, *(f"train/x{i}/0.jpg" for i in range(9))], ["only in train: x0, x1, x2, x3, x4 and 4 more"])])
+@pytest.mark.parametrize(
+    "paths, words",
+    [
+        ([], ["no folder named train"]),
+        (["train/"], ["no validation folder", "val, valid, validation, test"]),
+        (["train/", "val/"], ["train has no class folders"]),
+        ([*TREE, "train/empty/"], ["train/empty", "without any image", ".jpg"]),
+        ([*TREE, "train/fox/0.jpg", "val/fox/a.txt"], ["val/fox", "without any image"]),
+        (
+            [*TREE, "train/emu/0.jpg", "val/fox/0.jpg", "val/gnu/0.jpg"],
+            ["only in train: emu;", "only in val: fox, gnu"],
+        ),
+        ([*TREE, *(f"train/x{i}/0.jpg" for i in range(9))], ["only in train: x0, x1, x2, x3, x4 and 4 more"]),
+    ],
+)
 def test_bad_tree_gets_one_sentence(tmp_path, paths, words):
     message = error_of(make_tree(tmp_path, paths))
     assert all(word in message for word in [*words, str(tmp_path)]), message
@@ -176,10 +183,14 @@ def test_eval_reads_no_training_folder(tmp_path):
     assert (train, len(val), classes) == (None, 6, ["cat", "dog"])
 
 
-@pytest.mark.parametrize("paths, words", [
-    (["train/cat/0.jpg"], ["no validation folder"]),    # train is not a class
-    ([], ["no validation folder", "has no class folders"]),
-    (["cat/0.jpg", "dog/"], ["no validation folder", "dog", "without any image"])])
+@pytest.mark.parametrize(
+    "paths, words",
+    [
+        (["train/cat/0.jpg"], ["no validation folder"]),  # train is not a class
+        ([], ["no validation folder", "has no class folders"]),
+        (["cat/0.jpg", "dog/"], ["no validation folder", "dog", "without any image"]),
+    ],
+)
 def test_bad_tree_for_eval_gets_one_sentence(tmp_path, paths, words):
     args = make_tree(tmp_path, paths)
     args.eval = True
@@ -198,22 +209,33 @@ INSECT = "train_val2018/Insecta/"
 # category 2 comes first in training, then 0; 0 and 1 share the genus; no training image of 3
 INAT = {
     "categories.json": [{"name": n, "genus": g} for n, g in (("ant", "A"), ("asp", "A"), ("bee", "B"), ("cow", "C"))],
-    "train2018.json": {"annotations": [{"category_id": c} for c in (2, 0, 2, 1)],
-                       "images": [{"file_name": f"{INSECT}{c}/t{i}.jpg"} for i, c in enumerate((0, 2, 1, 2))]},
-    "val2018.json": {"annotations": [], "images": [{"file_name": f"{INSECT}{c}/v.jpg"} for c in (1, 2)]}}
+    "train2018.json": {
+        "annotations": [{"category_id": c} for c in (2, 0, 2, 1)],
+        "images": [{"file_name": f"{INSECT}{c}/t{i}.jpg"} for i, c in enumerate((0, 2, 1, 2))],
+    },
+    "val2018.json": {"annotations": [], "images": [{"file_name": f"{INSECT}{c}/v.jpg"} for c in (1, 2)]},
+}
 
 
 def make_inat(root, folder=INSECT, data=INAT, **overrides):
-    make_tree(root, [image["file_name"].replace(INSECT, folder)
-                     for name in ("train2018.json", "val2018.json") for image in INAT[name]["images"]])
+    make_tree(
+        root,
+        [
+            image["file_name"].replace(INSECT, folder)
+            for name in ("train2018.json", "val2018.json")
+            for image in INAT[name]["images"]
+        ],
+    )
     for name, content in data.items():
         (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return make_args(**{"data_set": "INAT", "data_path": str(root), **overrides})
 
 
-@pytest.mark.parametrize("folder", [INSECT, "train_val2018/"])    # as published, as DeiT reads it
-@pytest.mark.parametrize("category, classes, targets", [
-    ("name", ["bee", "ant", "asp"], ([1, 0, 2, 0], [2, 0])), ("genus", ["B", "A"], ([1, 0, 1, 0], [1, 0]))])
+@pytest.mark.parametrize("folder", [INSECT, "train_val2018/"])  # as published, as DeiT reads it
+@pytest.mark.parametrize(
+    "category, classes, targets",
+    [("name", ["bee", "ant", "asp"], ([1, 0, 2, 0], [2, 0])), ("genus", ["B", "A"], ([1, 0, 1, 0], [1, 0]))],
+)
 def test_inaturalist(tmp_path, folder, category, classes, targets):
     args = make_inat(tmp_path, folder, inat_category=category)
     train, val, found = build_datasets(args)
@@ -235,10 +257,19 @@ def test_inaturalist_2019_has_files_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("is_eval", [False, True])
 @pytest.mark.parametrize("name", INAT)
-@pytest.mark.parametrize("content", [
-    None, "", "{", "7", "[7]", '{"images": [], "annotations": []}',
-    '{"annotations": [{"category_id": -1}], "images": [{"file_name": "a/b/-1/c.jpg"}]}',
-    '{"annotations": [{"category_id": 0}], "images": [{"file_name": "0.jpg"}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "{",
+        "7",
+        "[7]",
+        '{"images": [], "annotations": []}',
+        '{"annotations": [{"category_id": -1}], "images": [{"file_name": "a/b/-1/c.jpg"}]}',
+        '{"annotations": [{"category_id": 0}], "images": [{"file_name": "0.jpg"}]}',
+    ],
+)
 def test_bad_inaturalist_json_is_named(tmp_path, name, content, is_eval):
     args = make_inat(tmp_path, eval=is_eval)
     (tmp_path / name).unlink()
@@ -252,7 +283,7 @@ def test_inaturalist_category_without_training_annotation(tmp_path):
     data = {**INAT, "val2018.json": {"images": [{"file_name": "train_val2018/Mammalia/3/v.jpg"}]}}
     message = error_of(make_inat(tmp_path, data=data, inat_category="genus"))
     assert all(word in message for word in [str(tmp_path), "genus", "train2018.json", ": C"]), message
-    assert "categories.json" in error_of(make_inat(tmp_path, inat_category="family"))    # which has no family
+    assert "categories.json" in error_of(make_inat(tmp_path, inat_category="family"))  # which has no family
 
 
 def break_image(path, how):
@@ -261,7 +292,7 @@ def break_image(path, how):
     if how == "broken link":
         path.symlink_to("nowhere.jpg")
     else:
-        path.write_bytes({"truncated": content[:len(content) // 2], "empty": b"", "text": b"not an image"}[how])
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"not an image"}[how])
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "broken link"])
@@ -276,8 +307,9 @@ def test_unreadable_image_is_named_before_training(tmp_path, how, mode):
     assert f"{tmp_path}/val/dog/1.jpg" in message and f"{tmp_path}/train/cat/0.jpg" in message
 
 
-@pytest.mark.parametrize("mode, limit, checked", [
-    ("auto", 12, True), ("auto", 11, False), ("all", 11, True), ("off", 12, False)])
+@pytest.mark.parametrize(
+    "mode, limit, checked", [("auto", 12, True), ("auto", 11, False), ("all", 11, True), ("off", 12, False)]
+)
 def test_check_mode(tmp_path, monkeypatch, mode, limit, checked):
     monkeypatch.setattr(datasets, "CHECK_LIMIT", limit)
     args = make_tree(tmp_path)
@@ -291,7 +323,7 @@ def test_check_mode(tmp_path, monkeypatch, mode, limit, checked):
 
 def test_only_this_ranks_share_is_checked(tmp_path):
     args = make_tree(tmp_path)
-    break_image(tmp_path / "train/cat/1.jpg", "text")    # index 1 of 12
+    break_image(tmp_path / "train/cat/1.jpg", "text")  # index 1 of 12
     build_datasets(args, rank=0, world_size=2)
     assert "train/cat/1.jpg" in error_of(args, rank=1, world_size=2)
 
@@ -305,7 +337,7 @@ def test_unreadable_image_is_named_while_reading(tmp_path, num_workers):
     with pytest.raises(DataError) as caught:
         list(build_loader(train, args, CPU, num_workers, is_train=True, batch_size=2))
     error = caught.value.with_traceback(None)
-    del caught    # frees the loader here: collected later, its worker takes 5 s to stop
+    del caught  # frees the loader here: collected later, its worker takes 5 s to stop
     assert str(error).startswith(f"{tmp_path}/train/dog/2.jpg cannot be read as an image (OSError: ")
     assert "\n" not in str(error) and str(pickle.loads(pickle.dumps(error))) == str(error)
 
@@ -318,12 +350,12 @@ def test_good_images_are_decoded_once(tmp_path, monkeypatch):
     assert len(decoded) == len(set(decoded)) == 12
     build_datasets(args)
     assert len(decoded) == 12
-    args.check_images = "all"    # always
+    args.check_images = "all"  # always
     build_datasets(args)
     assert len(decoded) == 24
     args.check_images = "auto"
     break_image(tmp_path / "val/cat/0.jpg", "truncated")
-    for _ in range(2):    # a failure is not remembered
+    for _ in range(2):  # a failure is not remembered
         assert "val/cat/0.jpg" in error_of(args)
     assert len(decoded) == 48
 
@@ -360,8 +392,7 @@ def test_every_rank_ends_with_the_same_sentence(tmp_path, closed_port):
     """An unreadable image in the share of rank 1, a failing download, a good tree, a slow download: nobody hangs."""
     bad, good = make_tree(tmp_path / "bad"), make_tree(tmp_path / "good")
     break_image(tmp_path / "bad/train/cat/1.jpg", "truncated")
-    cases = [bad, make_args(data_set="CIFAR10", data_path=str(tmp_path / "cifar")), good,
-             make_args(data_set="SLOW")]
+    cases = [bad, make_args(data_set="CIFAR10", data_path=str(tmp_path / "cifar")), good, make_args(data_set="SLOW")]
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     ranks = [context.Process(target=run_rank, args=(rank, tmp_path, cases, closed_port, queue)) for rank in range(2)]
@@ -379,17 +410,26 @@ def test_every_rank_ends_with_the_same_sentence(tmp_path, closed_port):
     assert outcomes[0][2:] == [6, 1500]
 
 
-@pytest.mark.parametrize("data_set, files", [
-    ("CIFAR10", ["cifar-10-python.tar.gz"]), ("CIFAR100", ["cifar-100-python.tar.gz"]),
-    ("CIFAR", ["cifar-100-python.tar.gz"]), ("STL10", ["stl10_binary.tar.gz"]),
-    ("SVHN", ["train_32x32.mat", "test_32x32.mat"]),
-    ("Flowers102", ["102flowers.tgz", "imagelabels.mat", "setid.mat", "flowers-102"])])
+@pytest.mark.parametrize(
+    "data_set, files",
+    [
+        ("CIFAR10", ["cifar-10-python.tar.gz"]),
+        ("CIFAR100", ["cifar-100-python.tar.gz"]),
+        ("CIFAR", ["cifar-100-python.tar.gz"]),
+        ("STL10", ["stl10_binary.tar.gz"]),
+        ("SVHN", ["train_32x32.mat", "test_32x32.mat"]),
+        ("Flowers102", ["102flowers.tgz", "imagelabels.mat", "setid.mat", "flowers-102"]),
+    ],
+)
 def test_no_network_says_which_files_to_put_where(tmp_path, monkeypatch, closed_port, data_set, files):
     for source in (tv.CIFAR10, tv.CIFAR100, tv.STL10):
         monkeypatch.setattr(source, "url", closed_port + source.filename)
     monkeypatch.setattr(tv.Flowers102, "_download_url_prefix", closed_port)
-    monkeypatch.setattr(tv.SVHN, "split_list", {split: [closed_port + name, name, md5]
-                                                for split, (_, name, md5) in tv.SVHN.split_list.items()})
+    monkeypatch.setattr(
+        tv.SVHN,
+        "split_list",
+        {split: [closed_port + name, name, md5] for split, (_, name, md5) in tv.SVHN.split_list.items()},
+    )
     message = error_of(make_args(data_set=data_set, data_path=str(tmp_path)))
     assert "could not be downloaded" in message
     assert all(word in message for word in [*files, str(tmp_path), data_set]), message
@@ -397,12 +437,15 @@ def test_no_network_says_which_files_to_put_where(tmp_path, monkeypatch, closed_
 
 def write_published_files(root, rng):
     """Small files in the formats that torchvision reads: 20 images for training, 10 for testing."""
+
     def pixels(*shape):
         return rng.integers(0, 256, shape, dtype=np.uint8)
 
     batches = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    for folder, key, names in (("cifar-10-batches-py", "label", batches),
-                               ("cifar-100-python", "fine_label", ["train", "test"])):
+    for folder, key, names in (
+        ("cifar-10-batches-py", "label", batches),
+        ("cifar-100-python", "fine_label", ["train", "test"]),
+    ):
         (root / folder).mkdir()
         for name in names:
             count = 4 if "data" in name else 20 if name == "train" else 10
@@ -420,16 +463,22 @@ def write_published_files(root, rng):
     for i in range(1, 31):
         noise(60, 50, seed=i).save(root / f"flowers-102/jpg/image_{i:05d}.jpg")
     savemat(root / "flowers-102/imagelabels.mat", {"labels": np.arange(30) % 3 + 1})
-    savemat(root / "flowers-102/setid.mat",
-            {"trnid": np.arange(1, 11), "valid": np.arange(11, 21), "tstid": np.arange(21, 31)})
+    savemat(
+        root / "flowers-102/setid.mat",
+        {"trnid": np.arange(1, 11), "valid": np.arange(11, 21), "tstid": np.arange(21, 31)},
+    )
 
 
-@pytest.mark.parametrize("data_set, source, train, val, num_classes", [
-    ("CIFAR10", tv.CIFAR10, [{"train": True}], {"train": False}, 3),
-    ("CIFAR", tv.CIFAR100, [{"train": True}], {"train": False}, 3),
-    ("SVHN", tv.SVHN, [{"split": "train"}], {"split": "test"}, 10),
-    ("STL10", tv.STL10, [{"split": "train"}], {"split": "test"}, 3),
-    ("Flowers102", tv.Flowers102, [{"split": "train"}, {"split": "val"}], {"split": "test"}, 102)])
+@pytest.mark.parametrize(
+    "data_set, source, train, val, num_classes",
+    [
+        ("CIFAR10", tv.CIFAR10, [{"train": True}], {"train": False}, 3),
+        ("CIFAR", tv.CIFAR100, [{"train": True}], {"train": False}, 3),
+        ("SVHN", tv.SVHN, [{"split": "train"}], {"split": "test"}, 10),
+        ("STL10", tv.STL10, [{"split": "train"}], {"split": "test"}, 3),
+        ("Flowers102", tv.Flowers102, [{"split": "train"}, {"split": "val"}], {"split": "test"}, 102),
+    ],
+)
 def test_images_and_labels_are_those_of_torchvision(tmp_path, monkeypatch, data_set, source, train, val, num_classes):
     write_published_files(tmp_path, np.random.default_rng(0))
     for module in (tv.cifar, tv.svhn, tv.stl10, tv.flowers102, tv.utils):

@@ -9,7 +9,9 @@ from run_scripts import doctor
 def test_every_line_says_how_it_is(capsys):
     code = doctor.main()
     lines = capsys.readouterr().out.splitlines()
-    assert all(line[:4] in ("ok  ", "!!  ", "--  ") for line in lines) and code == (1 if any(line.startswith("!!") for line in lines) else 0)
+    assert all(line[:4] in ("ok  ", "!!  ", "--  ") for line in lines) and code == (
+        1 if any(line.startswith("!!") for line in lines) else 0
+    )
     assert lines[0].startswith("ok  torch: torch ") and len(lines) == 5
     if not torch.cuda.is_available():
         assert lines[1].startswith("!!  GPU: torch sees no GPU") and lines[4].startswith("--  kernels: not tried")
@@ -24,7 +26,9 @@ def test_faults_come_with_a_remedy(monkeypatch, tmp_path):
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: 12050)
-    with pytest.raises(RuntimeError, match="for CUDA 12, torch for CUDA 13: pip uninstall cupy-cuda12x, pip install cupy-cuda13x"):
+    with pytest.raises(
+        RuntimeError, match="for CUDA 12, torch for CUDA 13: pip uninstall cupy-cuda12x, pip install cupy-cuda13x"
+    ):
         doctor.cupy_build()
     monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: 13000)
     assert doctor.cupy_build().endswith("for CUDA 13")
@@ -51,6 +55,10 @@ def test_faults_come_with_a_remedy(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="build without CUDA"):
         doctor.torch_build()
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *rest: (_ for _ in ()).throw(ImportError("gone")) if name == "cupy" else real(name, *rest))
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *rest: (_ for _ in ()).throw(ImportError("gone")) if name == "cupy" else real(name, *rest),
+    )
     with pytest.raises(RuntimeError, match="pip install cupy-cuda13x"):
         doctor.cupy_build()

@@ -11,7 +11,9 @@ from losses import DistillationLoss
 from utils import World
 
 ALONE = World(0, 1, torch.device("cpu"))
-ARGS = types.SimpleNamespace(train_mode=True, bce_loss=False, cosub=False, grad_accum_steps=1, print_freq=2, clip_grad=None, clip_mode="norm")
+ARGS = types.SimpleNamespace(
+    train_mode=True, bce_loss=False, cosub=False, grad_accum_steps=1, print_freq=2, clip_grad=None, clip_mode="norm"
+)
 
 
 def args(**changes):
@@ -20,8 +22,17 @@ def args(**changes):
 
 def training(model, criterion=None, lr=0.1, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return Training(model, model, criterion or nn.CrossEntropyLoss(), optimizer, None, torch.amp.GradScaler("cpu", enabled=False),
-                    num_classes=3, amp="off", **kwargs)
+    return Training(
+        model,
+        model,
+        criterion or nn.CrossEntropyLoss(),
+        optimizer,
+        None,
+        torch.amp.GradScaler("cpu", enabled=False),
+        num_classes=3,
+        amp="off",
+        **kwargs,
+    )
 
 
 def batches(n, size, seed=0):
@@ -65,8 +76,11 @@ def test_log_lines_show_the_loss_since_the_last_one_and_of_the_epoch(capsys):
             return outputs.mean() * 0 + self.calls
 
     train_one_epoch(training(nn.Linear(4, 3), Criterion()), batches(4, 2) + batches(1, 6), 0, 1, args(), ALONE)
-    assert re.findall(r"loss [^ ]+ \(mean [^ ]+\)", capsys.readouterr().out) == \
-        ["loss 1.5000 (mean 1.5000)", "loss 3.5000 (mean 2.5000)", "loss 5.0000 (mean 3.5714)"]
+    assert re.findall(r"loss [^ ]+ \(mean [^ ]+\)", capsys.readouterr().out) == [
+        "loss 1.5000 (mean 1.5000)",
+        "loss 3.5000 (mean 2.5000)",
+        "loss 5.0000 (mean 3.5714)",
+    ]
 
 
 @pytest.mark.parametrize("bad_step", [0, 3, 6])
@@ -85,13 +99,18 @@ def test_nan_is_reported_with_its_step(bad_step):
 def test_schedule_on_updates_is_a_function_of_the_update():
     model = nn.Linear(4, 3)
     run = training(model)
-    run.scheduler, _ = create_scheduler_v2(run.optimizer, "cosine", num_epochs=2, warmup_epochs=1, warmup_lr=0.0, step_on_epochs=False,
-                                           updates_per_epoch=4)
+    run.scheduler, _ = create_scheduler_v2(
+        run.optimizer, "cosine", num_epochs=2, warmup_epochs=1, warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=4
+    )
     seen = []
     run.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
     for epoch in range(2):
         train_one_epoch(run, batches(4, 2), epoch, 2, args(), ALONE)
-    assert seen[:4] == pytest.approx([0, 0.025, 0.05, 0.075]) and seen[4] == pytest.approx(0.05) and seen[7] < seen[6] < seen[5]
+    assert (
+        seen[:4] == pytest.approx([0, 0.025, 0.05, 0.075])
+        and seen[4] == pytest.approx(0.05)
+        and seen[7] < seen[6] < seen[5]
+    )
 
 
 def test_evaluate_counts_every_image_once():
@@ -131,8 +150,12 @@ def test_distillation(kind):
     else:
         p, q = (t / 2).softmax(1), (student / 2).softmax(1)
         distance = 4 * (p * (p.log() - q.log())).sum() / 5
-    assert criterion(images, student, y).item() == pytest.approx((0.7 * base(student, y) + 0.3 * distance).item(), rel=1e-5)
+    assert criterion(images, student, y).item() == pytest.approx(
+        (0.7 * base(student, y) + 0.3 * distance).item(), rel=1e-5
+    )
     heads = (torch.randn(5, 3), student)
-    assert criterion(images, heads, y).item() == pytest.approx((0.7 * base(heads[0], y) + 0.3 * distance).item(), rel=1e-5)
+    assert criterion(images, heads, y).item() == pytest.approx(
+        (0.7 * base(heads[0], y) + 0.3 * distance).item(), rel=1e-5
+    )
     criterion.train()
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())

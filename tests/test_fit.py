@@ -19,14 +19,34 @@ X = torch.linspace(-3, 3, 100_001, dtype=torch.float64)
 
 # Largest error of the published coefficients in the published formula, to the digits given.
 PUBLISHED = {
-    "identity": 0, "swish": 1.2e-6, "sigmoid": 2e-5, "tanh": 4e-5, "gelu_old": 4e-3, "leaky_relu": 0.030, "relu": 0.030,
-    "leaky_relu_0.1": 0.028, "erfc_softplus_squared": 0.085, "geglu": 0.94, "gelu": 1.46, "swishglu": 1.71,
+    "identity": 0,
+    "swish": 1.2e-6,
+    "sigmoid": 2e-5,
+    "tanh": 4e-5,
+    "gelu_old": 4e-3,
+    "leaky_relu": 0.030,
+    "relu": 0.030,
+    "leaky_relu_0.1": 0.028,
+    "erfc_softplus_squared": 0.085,
+    "geglu": 0.94,
+    "gelu": 1.46,
+    "swishglu": 1.71,
 }
 
 IN_TORCH = {
-    "identity": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "leaky_relu_0.1": lambda x: F.leaky_relu(x, 0.1),
-    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "softplus": F.softplus, "swish": F.silu, "silu": F.silu, "mish": F.mish,
-    "gelu": F.gelu, "geglu": lambda x: x * F.gelu(x), "swishglu": lambda x: x * F.silu(x),
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu_0.1": lambda x: F.leaky_relu(x, 0.1),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "swish": F.silu,
+    "silu": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "geglu": lambda x: x * F.gelu(x),
+    "swishglu": lambda x: x * F.silu(x),
     "erfc_softplus_squared": lambda x: torch.erfc(F.softplus(x)) ** 2,
 }
 
@@ -55,7 +75,9 @@ def test_published_coefficients(name):
 
 def test_presets_are_complete():
     assert {"silu", "mish", *PUBLISHED} | {f"published_{name}" for name in PUBLISHED} == set(PRESETS)
-    assert [PRESETS["silu"][key] for key in ("numerator", "denominator")] == [PRESETS["swish"][key] for key in ("numerator", "denominator")]
+    assert [PRESETS["silu"][key] for key in ("numerator", "denominator")] == [
+        PRESETS["swish"][key] for key in ("numerator", "denominator")
+    ]
 
 
 @pytest.mark.parametrize("name", [*REFITTED, "mish"])
@@ -65,17 +87,23 @@ def test_refitted_preset_is_accurate_and_tame(name):
     assert preset["max_error"] <= 5e-3
     assert max(map(abs, preset["numerator"] + preset["denominator"])) <= 1
     target = get_activation(name)
-    assert max_error(target, preset["numerator"], preset["denominator"], (-6, 6)) <= 0.03 * max(1, target(np.array(6.0)))
+    assert max_error(target, preset["numerator"], preset["denominator"], (-6, 6)) <= 0.03 * max(
+        1, target(np.array(6.0))
+    )
     assert fit_rational(name)[2] == pytest.approx(preset["max_error"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_registry_agrees_with_torch(name):
     x = 3 * X
-    torch.testing.assert_close(torch.from_numpy(ACTIVATIONS[name](x.numpy())), IN_TORCH[name](x), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        torch.from_numpy(ACTIVATIONS[name](x.numpy())), IN_TORCH[name](x), rtol=1e-10, atol=1e-14
+    )
 
 
-@pytest.mark.parametrize("name, function", [("elu", F.elu), ("ELU", F.elu), ("hardswish", F.hardswish), ("Log_Sigmoid", F.logsigmoid)])
+@pytest.mark.parametrize(
+    "name, function", [("elu", F.elu), ("ELU", F.elu), ("hardswish", F.hardswish), ("Log_Sigmoid", F.logsigmoid)]
+)
 def test_activations_of_torch(name, function):
     np.testing.assert_allclose(get_activation(name)(X.numpy()), function(X).numpy())
 
@@ -114,7 +142,9 @@ def test_no_coefficients_do_better(name):
     assert solver_status(0.99 * error) == 2  # infeasible
 
 
-@pytest.mark.parametrize("degrees, interval", [((5, 0), (-3, 3)), ((0, 0), (-1, 1)), ((2, 6), (-3, 3)), ((5, 4), (0, 10)), ((5, 4), (-8, 2))])
+@pytest.mark.parametrize(
+    "degrees, interval", [((5, 0), (-3, 3)), ((0, 0), (-1, 1)), ((2, 6), (-3, 3)), ((5, 4), (0, 10)), ((5, 4), (-8, 2))]
+)
 def test_other_degrees_and_intervals(degrees, interval):
     numerator, denominator, error = fit_rational("swish", degrees, interval)
     assert (len(numerator), len(denominator)) == (degrees[0] + 1, degrees[1])
@@ -128,14 +158,17 @@ def test_polynomials_come_back():
     assert error <= 1e-8 and denominator.shape == (0,)
 
 
-@pytest.mark.parametrize("target, options, message", [
-    ("gelu", {"degrees": (-1, 4)}, "degrees"),
-    ("gelu", {"interval": (3, -3)}, "interval"),
-    ("gelu", {"interval": (0, float("nan"))}, "interval"),
-    ("gelu", {"interval": (0, float("inf"))}, "interval"),
-    (lambda x: 1 / x, {}, "finite"),
-    (lambda x: 1.0, {}, "one finite value per point"),
-])
+@pytest.mark.parametrize(
+    "target, options, message",
+    [
+        ("gelu", {"degrees": (-1, 4)}, "degrees"),
+        ("gelu", {"interval": (3, -3)}, "interval"),
+        ("gelu", {"interval": (0, float("nan"))}, "interval"),
+        ("gelu", {"interval": (0, float("inf"))}, "interval"),
+        (lambda x: 1 / x, {}, "finite"),
+        (lambda x: 1.0, {}, "one finite value per point"),
+    ],
+)
 def test_bad_input_raises(target, options, message):
     with np.errstate(divide="ignore"), pytest.raises(ValueError, match=message):
         fit_rational(target, **options)

@@ -2,6 +2,7 @@
 
 Those of Kolmogorov-Arnold functions are in test_karat_flags.py.
 """
+
 import contextlib
 import inspect
 import io
@@ -55,7 +56,7 @@ def build(folder, command: str) -> SimpleNamespace:
     words = [word for word in words if word.split("=")[0] not in environment]
     if "DATA" in words:
         place = words.index("DATA")
-        words = [words[place + 1], *words[:place], *words[place + 2:]]
+        words = [words[place + 1], *words[:place], *words[place + 2 :]]
     b = SimpleNamespace(wandb=None, at=folder)
     run_epochs = main.run_epochs
 
@@ -93,8 +94,11 @@ def folder(tmp_path_factory):
     for c in range(2):
         (folder / "inat/train_val2018/Insecta" / str(c)).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(folder / "inat" / images[c]["file_name"])
-    for name, content in {"categories": [{"name": "ant", "genus": "A"}, {"name": "asp", "genus": "A"}], "val2018": {"images": images},
-                          "train2018": {"images": images, "annotations": [{"category_id": 0}, {"category_id": 1}]}}.items():
+    for name, content in {
+        "categories": [{"name": "ant", "genus": "A"}, {"name": "asp", "genus": "A"}],
+        "val2018": {"images": images},
+        "train2018": {"images": images, "annotations": [{"category_id": 0}, {"category_id": 1}]},
+    }.items():
         (folder / "inat" / f"{name}.json").write_text(json.dumps(content))
     assert build(folder, f"{BASE} --epochs 1 --output-dir @run").code == 0
     torch.save(build(folder, f"{BASE} --seed 7").model.state_dict(), folder / "weights.pth")
@@ -144,16 +148,26 @@ def pins(b):
 
 def only_attention(b):
     free = {name for name, p in b.model.named_parameters() if p.requires_grad}
-    return free == {name for name, _ in b.model.named_parameters() if ".attn." in name or name.split(".")[0] in ("pos_embed", "head")}
+    return free == {
+        name
+        for name, _ in b.model.named_parameters()
+        if ".attn." in name or name.split(".")[0] in ("pos_embed", "head")
+    }
 
 
 def timm_style(b):
     """All that KAT's commands leave to the defaults of timm's trainer."""
     decayed = [p.shape for group in b.groups if group["weight_decay"] for p in group["params"]]
     scheduler = b.training.scheduler
-    return (b.classes == ["cat", "dog"] and "learning rate 0.0005 (not scaled, as in timm's and KAT's scripts" in b.out
-            and (scheduler.warmup_lr_init, scheduler.lr_min) == (1e-5, 0) and rates(b)[0] == 1e-5
-            and len(b.steps[0].interpolation) == 2 and sorted(b.sampler) == [0, 1, 2, 3] and decayed.count((1, 6)) == 2)
+    return (
+        b.classes == ["cat", "dog"]
+        and "learning rate 0.0005 (not scaled, as in timm's and KAT's scripts" in b.out
+        and (scheduler.warmup_lr_init, scheduler.lr_min) == (1e-5, 0)
+        and rates(b)[0] == 1e-5
+        and len(b.steps[0].interpolation) == 2
+        and sorted(b.sampler) == [0, 1, 2, 3]
+        and decayed.count((1, 6)) == 2
+    )
 
 
 # (flags, values, what then holds and without the flag does not, what else both are given, what stands in the flag's place without it)
@@ -161,15 +175,44 @@ TABLE = [
     ("--batch-size -b", "16", lambda b: b.batches.batch_size == 16 and len(b.loader) == 4),
     ("--epochs", "7", lambda b: b.epochs == range(7) and b.training.scheduler.t_initial == 7),
     ("--bce-loss", "", lambda b: isinstance(b.training.criterion, nn.BCEWithLogitsLoss) and mixed(b).min() == 0),
-    ("--unscale-lr", "", lambda b: b.groups[0]["initial_lr"] == 1e-3 and "learning rate 0.001 (not scaled;" in b.out, "--lr 1e-3"),
-    ("--lr", "1e-3", lambda b: b.groups[0]["initial_lr"] == 1.25e-4 and "learning rate 0.000125 (base 0.001 x 64 / 512" in b.out),
-    ("--model", "vit_micro_patch8_32", lambda b: not isinstance(b.model, KAT) and b.model.blocks[0].mlp.fc1.in_features == 32),
-    ("--model-kwargs", "depth=3 num_heads=4", lambda b: len(b.model.blocks) == 3 and b.model.blocks[0].attn.num_heads == 4),
-    ("--num-classes --nb-classes", "12", lambda b: b.model.head.out_features == b.training.num_classes == mixed(b).shape[1] == 12),
-    ("--input-size", "48", lambda b: b.model.patch_embed.img_size == (48, 48) and next(iter(b.loader))[0].shape[2:] == (48, 48)),
+    (
+        "--unscale-lr",
+        "",
+        lambda b: b.groups[0]["initial_lr"] == 1e-3 and "learning rate 0.001 (not scaled;" in b.out,
+        "--lr 1e-3",
+    ),
+    (
+        "--lr",
+        "1e-3",
+        lambda b: b.groups[0]["initial_lr"] == 1.25e-4 and "learning rate 0.000125 (base 0.001 x 64 / 512" in b.out,
+    ),
+    (
+        "--model",
+        "vit_micro_patch8_32",
+        lambda b: not isinstance(b.model, KAT) and b.model.blocks[0].mlp.fc1.in_features == 32,
+    ),
+    (
+        "--model-kwargs",
+        "depth=3 num_heads=4",
+        lambda b: len(b.model.blocks) == 3 and b.model.blocks[0].attn.num_heads == 4,
+    ),
+    (
+        "--num-classes --nb-classes",
+        "12",
+        lambda b: b.model.head.out_features == b.training.num_classes == mixed(b).shape[1] == 12,
+    ),
+    (
+        "--input-size",
+        "48",
+        lambda b: b.model.patch_embed.img_size == (48, 48) and next(iter(b.loader))[0].shape[2:] == (48, 48),
+    ),
     ("--drop", "0.3", lambda b: b.model.head_drop.p == 0.3),
-    ("--drop-path", "0.3", lambda b: [getattr(x.drop_path1, "drop_prob", 0) for x in b.model.blocks] == pytest.approx([0, 0.15, 0.3]),
-     "--model-kwargs depth=3"),
+    (
+        "--drop-path",
+        "0.3",
+        lambda b: [getattr(x.drop_path1, "drop_prob", 0) for x in b.model.blocks] == pytest.approx([0, 0.15, 0.3]),
+        "--model-kwargs depth=3",
+    ),
     ("--model-ema", "", lambda b: same(b.training.ema.module, b.model.state_dict()), "", "--no-model-ema"),
     ("--no-model-ema", "", lambda b: b.training.ema is None),
     ("--model-ema-decay", "0.9", lambda b: b.training.ema.get_decay(3) == b.training.ema.get_decay(10**7) == 0.9),
@@ -179,20 +222,48 @@ TABLE = [
     ("--opt-betas", "0.7 0.8", lambda b: {group["betas"] for group in b.groups} == {(0.7, 0.8)}),
     ("--momentum", "0.5", lambda b: {group["momentum"] for group in b.groups} == {0.5}, "--opt sgd"),
     ("--weight-decay", "0.3", lambda b: {group["weight_decay"] for group in b.groups} == {0, 0.3}),
-    ("--clip-grad", "1e-3", lambda b: math.hypot(*((q - p).norm() for p, q in step(b)[0].values())) == pytest.approx(1e-3, rel=0.01),
-     f"{RATE_1} --opt momentum --momentum 0 --weight-decay 0"),
-    ("--sched", "step", lambda b: rates(b)[-4:] == [0.5] * 4 and len(set(rates(b))) == 2, f"{RATE_1} --decay-rate 0.5 --decay-epochs 6"),
-    ("--lr-noise", "0.2 0.5", lambda b: [rate != 1 for rate in rates(b)] == [2 <= t < 5 for t in range(10)], f"{RATE_1} --sched step"),
+    (
+        "--clip-grad",
+        "1e-3",
+        lambda b: math.hypot(*((q - p).norm() for p, q in step(b)[0].values())) == pytest.approx(1e-3, rel=0.01),
+        f"{RATE_1} --opt momentum --momentum 0 --weight-decay 0",
+    ),
+    (
+        "--sched",
+        "step",
+        lambda b: rates(b)[-4:] == [0.5] * 4 and len(set(rates(b))) == 2,
+        f"{RATE_1} --decay-rate 0.5 --decay-epochs 6",
+    ),
+    (
+        "--lr-noise",
+        "0.2 0.5",
+        lambda b: [rate != 1 for rate in rates(b)] == [2 <= t < 5 for t in range(10)],
+        f"{RATE_1} --sched step",
+    ),
     ("--lr-noise-pct", "0.05", lambda b: 0.95 < min(rates(b)) < 1, f"{RATE_1} --sched step --lr-noise 0"),
     ("--lr-noise-std", "1e-3", lambda b: 0.99 < min(rates(b)) < 1, f"{RATE_1} --sched step --lr-noise 0"),
     ("--warmup-lr", "0.5", lambda b: rates(b)[:2] == [0.5, 0.75], "--unscale-lr --lr 1 --warmup-epochs 2"),
-    ("--warmup-epochs", "2", lambda b: rates(b)[:3] == pytest.approx([0.5, 0.75, rates(b)[2]]) and rates(b)[2] > 0.9,
-     "--unscale-lr --lr 1 --warmup-lr 0.5"),
+    (
+        "--warmup-epochs",
+        "2",
+        lambda b: rates(b)[:3] == pytest.approx([0.5, 0.75, rates(b)[2]]) and rates(b)[2] > 0.9,
+        "--unscale-lr --lr 1 --warmup-lr 0.5",
+    ),
     ("--min-lr", "0.25", lambda b: 0.25 < rates(b)[9] < 0.3 and rates(b)[10] == 0.25, f"{RATE_1} --cooldown-epochs 1"),
     ("--cooldown-epochs", "3", lambda b: b.epochs == range(13) and rates(b)[10:] == [1e-5] * 3, RATE_1),
     ("--decay-epochs", "2", lambda b: rates(b)[:5] == pytest.approx([1, 1, 0.1, 0.1, 0.01]), f"{RATE_1} --sched step"),
-    ("--patience-epochs", "1", lambda b: rates(b, 50.0)[:5] == pytest.approx([1, 1, 1, 0.1, 0.1]), f"{RATE_1} --sched plateau"),
-    ("--decay-rate --dr", "0.5", lambda b: rates(b)[:5] == [1, 1, 0.5, 0.5, 0.25], f"{RATE_1} --sched step --decay-epochs 2"),
+    (
+        "--patience-epochs",
+        "1",
+        lambda b: rates(b, 50.0)[:5] == pytest.approx([1, 1, 1, 0.1, 0.1]),
+        f"{RATE_1} --sched plateau",
+    ),
+    (
+        "--decay-rate --dr",
+        "0.5",
+        lambda b: rates(b)[:5] == [1, 1, 0.5, 0.5, 0.25],
+        f"{RATE_1} --sched step --decay-epochs 2",
+    ),
     ("--color-jitter", "0.4", lambda b: part(b, T.ColorJitter).brightness == pytest.approx((0.6, 1.4)), "--aa none"),
     ("--aa", "rand-m5-n3", lambda b: (policy := part(b, RandAugment)).num_layers == 3 and policy.ops[0].magnitude == 5),
     ("--ThreeAugment", "", lambda b: len(part(b, AutoAugment).policy) == 3 and part(b, T.ColorJitter)),
@@ -219,44 +290,111 @@ TABLE = [
     ("--mixup-mode", "elem", lambda b: len(mixed(b).amax(1).unique()) > 20),
     ("--distillation-type", "hard", lambda b: b.training.criterion.kind == "hard", TEACHER),
     ("--distillation-type", "soft", lambda b: b.training.criterion.kind == "soft", TEACHER),
-    ("--teacher-model", "kat_micro_patch8_32", lambda b: isinstance(b.training.criterion.teacher, KAT),
-     "--distillation-type soft --teacher-path @teacher.pth", "--teacher-model vit_micro_patch8_32"),
-    ("--teacher-path", "@teacher.pth", lambda b: same(b.training.criterion.teacher, b.at / "teacher.pth"),
-     "--distillation-type soft --teacher-model kat_micro_patch8_32"),
+    (
+        "--teacher-model",
+        "kat_micro_patch8_32",
+        lambda b: isinstance(b.training.criterion.teacher, KAT),
+        "--distillation-type soft --teacher-path @teacher.pth",
+        "--teacher-model vit_micro_patch8_32",
+    ),
+    (
+        "--teacher-path",
+        "@teacher.pth",
+        lambda b: same(b.training.criterion.teacher, b.at / "teacher.pth"),
+        "--distillation-type soft --teacher-model kat_micro_patch8_32",
+    ),
     ("--distillation-alpha", "0.2", lambda b: b.training.criterion.alpha == 0.2, f"{TEACHER} --distillation-type soft"),
     ("--distillation-tau", "3", lambda b: b.training.criterion.tau == 3, f"{TEACHER} --distillation-type soft"),
     ("--cosub", "", lambda b: isinstance(b.training.criterion, CosubLoss) and step(b)[1] == [128]),
-    ("--finetune --initial-checkpoint --pretrained-path", "@weights.pth", lambda b: same(b.model, b.at / "weights.pth")),
+    (
+        "--finetune --initial-checkpoint --pretrained-path",
+        "@weights.pth",
+        lambda b: same(b.model, b.at / "weights.pth"),
+    ),
     ("--pretrained-path", "@weights.pth", lambda b: same(b.model, b.at / "weights.pth"), "--pretrained"),
-    ("--pretrained", "", lambda b: same(b.model, b.at / "weights.pth"),
-     "--model-kwargs depth=1 embed_dim=32 num_heads=2 pretrained_cfg_overlay={'file':'@weights.pth','num_classes':10}"),
+    (
+        "--pretrained",
+        "",
+        lambda b: same(b.model, b.at / "weights.pth"),
+        "--model-kwargs depth=1 embed_dim=32 num_heads=2 pretrained_cfg_overlay={'file':'@weights.pth','num_classes':10}",
+    ),
     ("--attn-only", "", only_attention),
     ("--data-path", "@tree", lambda b: b.classes == ["cat", "dog"], FOUR),
     ("--data-set", "DIGITS", lambda b: b.classes == list("0123456789"), f"--data-path @tree {FOUR}"),
-    ("--inat-category", "genus", lambda b: b.classes == ["A"], "--data-set INAT --data-path @inat --train-subset 2 --val-subset 2"),
+    (
+        "--inat-category",
+        "genus",
+        lambda b: b.classes == ["A"],
+        "--data-set INAT --data-path @inat --train-subset 2 --val-subset 2",
+    ),
     ("DATA", "@tree", timm_style, f"--input-size 64 {FOUR}"),
     ("--mean", "0.4 0.5 0.6", lambda b: (b.loader.mean.flatten() / 255).tolist() == pytest.approx([0.4, 0.5, 0.6])),
     ("--std", "0.4 0.5 0.6", lambda b: (b.val_loader.std.flatten() / 255).tolist() == pytest.approx([0.4, 0.5, 0.6])),
     ("--eval-crop-ratio --crop-pct", "0.5", lambda b: b.eval_steps[0].size == 128, "--input-size 64"),
-    ("--output_dir --output", "@new", lambda b: set(RUN_FILES) <= set(os.listdir(b.args.output_dir or ".")), "--epochs 1"),
-    ("--device", "cpu", lambda b: next(b.model.parameters()).device.type == "cpu" and "No CUDA GPU" not in b.out, "", "--device cuda"),
-    ("--seed", "7", lambda b: same(b.model, b.at / "weights.pth") and list(b.sampler) == list(build(b.at, f"{BASE} --seed 7").sampler)),
-    ("--resume", LAST, lambda b: b.epochs == range(1, 10) and same(b.model, torch.load(b.at / "run/checkpoint.pth")["model"])),
+    (
+        "--output_dir --output",
+        "@new",
+        lambda b: set(RUN_FILES) <= set(os.listdir(b.args.output_dir or ".")),
+        "--epochs 1",
+    ),
+    (
+        "--device",
+        "cpu",
+        lambda b: next(b.model.parameters()).device.type == "cpu" and "No CUDA GPU" not in b.out,
+        "",
+        "--device cuda",
+    ),
+    (
+        "--seed",
+        "7",
+        lambda b: (
+            same(b.model, b.at / "weights.pth") and list(b.sampler) == list(build(b.at, f"{BASE} --seed 7").sampler)
+        ),
+    ),
+    (
+        "--resume",
+        LAST,
+        lambda b: b.epochs == range(1, 10) and same(b.model, torch.load(b.at / "run/checkpoint.pth")["model"]),
+    ),
     ("--checkpoint", LAST, lambda b: b.code == 0 and "raw weights: Acc@1" in b.out, "--eval"),
     ("--start_epoch", "3", lambda b: b.training.optimizer.param_groups[0]["lr"] < 0.9, f"{RATE_1} --sched-on-updates"),
     ("--start_epoch", "6", lambda b: rates(b) == [1] * 4, "--unscale-lr --lr 1 --sched plateau"),
     ("--start_epoch", "0", lambda b: rates(b) == [1] * 10 and b.args.start_epoch == 0, f"{RATE_1} --sched plateau"),
-    ("--start_epoch", "3", lambda b: len(rates(b)) == 7 and rates(b) == rates(build(b.at, f"{BASE} {RATE_1}"))[3:], RATE_1),
-    ("--eval", "", lambda b: b.code == 0 and not hasattr(b, "training") and "raw weights: Acc@1" in b.out, f"--resume {LAST}"),
-    ("--use-ema", "", lambda b: "EMA weights: Acc@1" in b.out and "raw weights" not in b.out, f"--eval --resume {LAST}"),
+    (
+        "--start_epoch",
+        "3",
+        lambda b: len(rates(b)) == 7 and rates(b) == rates(build(b.at, f"{BASE} {RATE_1}"))[3:],
+        RATE_1,
+    ),
+    (
+        "--eval",
+        "",
+        lambda b: b.code == 0 and not hasattr(b, "training") and "raw weights: Acc@1" in b.out,
+        f"--resume {LAST}",
+    ),
+    (
+        "--use-ema",
+        "",
+        lambda b: "EMA weights: Acc@1" in b.out and "raw weights" not in b.out,
+        f"--eval --resume {LAST}",
+    ),
     ("--result", "", lambda b: json.loads(b.out.split("--result\n")[1])["img_size"] == 32, f"--eval --resume {LAST}"),
     ("--dist-eval", "", lambda b: [i for batch in b.val_loader.loader.batch_sampler for i in batch] == list(range(20))),
     ("--num_workers", "3", lambda b: b.batches.num_workers == b.val_loader.loader.num_workers == 3),
     ("--pin-mem", "", pins, "", "--no-pin-mem"),
     ("--no-pin-mem", "", lambda b: not pins(b)),
-    ("--distributed", "", lambda b: b.code == 2 and build(b.at, f"WORLD_SIZE=1 {BASE} --distributed --world-size 1").code == 0),
+    (
+        "--distributed",
+        "",
+        lambda b: b.code == 2 and build(b.at, f"WORLD_SIZE=1 {BASE} --distributed --world-size 1").code == 0,
+    ),
     ("--world_size", "2", lambda b: b.code == 2 and "--world-size 2, but 1 process(es)" in b.err),
-    ("--dist_url", "nosuch://place", lambda b: b.code == 2 and "cannot meet at --dist-url nosuch://place" in b.err, "WORLD_SIZE=2 RANK=0"),
+    (
+        "--dist_url",
+        "nosuch://place",
+        lambda b: b.code == 2 and "cannot meet at --dist-url nosuch://place" in b.err,
+        "WORLD_SIZE=2 RANK=0",
+    ),
     ("--run-name", "me", lambda b: (b.wandb["name"], b.wandb["id"]) == ("me", None)),
     ("--run-id", "abc", lambda b: (b.wandb["id"], b.wandb["resume"]) == ("abc", "allow"), "--run-name me"),
     ("--log-wandb", "", lambda b: b.wandb["name"] == "new3", "--output @new3"),
@@ -264,7 +402,14 @@ TABLE = [
 ]
 TABLE = [(flag, *rest) for flags, *rest in TABLE for flag in flags.split()]
 WITHOUT_EFFECT = {"--resplit", "--dist-eval"}  # as their help says
-NEEDED = {"--teacher-model", "--teacher-path", "--distillation-type", "--checkpoint", "--dist_url", "--pretrained-path"}  # without them main stops
+NEEDED = {
+    "--teacher-model",
+    "--teacher-path",
+    "--distillation-type",
+    "--checkpoint",
+    "--dist_url",
+    "--pretrained-path",
+}  # without them main stops
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[1]}".strip())

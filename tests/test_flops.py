@@ -1,4 +1,5 @@
 """tools/flops.py: the published figures to their last digit, and every formula once by hand."""
+
 import json
 import sys
 from pathlib import Path
@@ -26,11 +27,12 @@ def rows():
     def counted(name, *argv):
         key = name, argv
         if key not in known:
-            args, = flops.arguments_of([name], list(map(str, argv)))
+            (args,) = flops.arguments_of([name], list(map(str, argv)))
             with torch.device("meta"):  # numbers do not matter, drawing them takes most of the time
                 model = timm.create_model(name, num_classes=args.nb_classes, **model_options(args))
             known[key] = flops.count(model.to_empty(device="cpu"), args.input_size)
         return known[key]
+
     return counted
 
 
@@ -42,8 +44,10 @@ def test_published_figures_of_kat(rows, size, vit, kat):
     assert round((row["without_attention_products"] - row["kan"]) / 1e9, 2) == vit
 
 
-@pytest.mark.parametrize("size, grid, width, heads, activation, total", [
-    ("tiny", 3, 192, 3, 0.1677, 1.425), ("small", 3, 384, 6, 0.3353, 4.941), ("base", 1, 768, 12, 0.2682, 17.847)])
+@pytest.mark.parametrize(
+    "size, grid, width, heads, activation, total",
+    [("tiny", 3, 192, 3, 0.1677, 1.425), ("small", 3, 384, 6, 0.3353, 4.941), ("base", 1, 768, 12, 0.2682, 17.847)],
+)
 def test_published_figures_of_karat(rows, size, grid, width, heads, activation, total):
     """The published totals count 2 N C less for each block (see the docstring of the tool)."""
     row = rows(f"vit_{size}_patch16_224_karat", "--grid", grid, "--nb-classes", 10)
@@ -53,7 +57,10 @@ def test_published_figures_of_karat(rows, size, grid, width, heads, activation, 
 
 
 def test_published_parameters_and_the_vit(rows):
-    vit, karat = rows("vit_tiny_patch16_224", "--nb-classes", 10), rows("vit_tiny_patch16_224_karat", "--grid", 3, "--nb-classes", 10)
+    vit, karat = (
+        rows("vit_tiny_patch16_224", "--nb-classes", 10),
+        rows("vit_tiny_patch16_224_karat", "--grid", 3, "--nb-classes", 10),
+    )
     universal = rows("vit_tiny_patch16_224_karat", "--universal", "--nb-classes", 10)
     assert round(vit["with_attention_products"] / 1e9, 3) == 1.258 and vit["kan"] == 0
     assert karat["with_attention_products"] == vit["with_attention_products"] + karat["kan"]
@@ -73,10 +80,19 @@ def test_functions_have_a_formula_each():
         flops.function_flops(odd)
 
 
-@pytest.mark.parametrize("options, count", [
-    ({}, 10 * 17 * 17 * 12), ({"modular_mode": "w1_phi2"}, 10 * 17 * 17 * 12), ({"base_fn": "nn.SiLU"}, 11 * 17 * 17 * 12),
-    ({"karat_depth": 1}, 9 * 17**3), ({"modular_attn": False}, 9 * 2 * 17 * 17 * 12), ({"karat_depth": 3}, 17 * (10 * 17 * 12 + 9 * 144)),
-    ({"basis_type": "wavelet", "hidden_dim": 4}, 6 * 17 * 17 * 4), ({"universal": True}, 10 * 17 * 17 * 12)])
+@pytest.mark.parametrize(
+    "options, count",
+    [
+        ({}, 10 * 17 * 17 * 12),
+        ({"modular_mode": "w1_phi2"}, 10 * 17 * 17 * 12),
+        ({"base_fn": "nn.SiLU"}, 11 * 17 * 17 * 12),
+        ({"karat_depth": 1}, 9 * 17**3),
+        ({"modular_attn": False}, 9 * 2 * 17 * 17 * 12),
+        ({"karat_depth": 3}, 17 * (10 * 17 * 12 + 9 * 144)),
+        ({"basis_type": "wavelet", "hidden_dim": 4}, 6 * 17 * 17 * 4),
+        ({"universal": True}, 10 * 17 * 17 * 12),
+    ],
+)
 def test_operators(options, count):
     model = timm.create_model("vit_micro_patch8_32_karat", **options)
     assert flops.count(model, 32)["kan"] == 4 * 2 * count  # blocks, heads
@@ -84,7 +100,9 @@ def test_operators(options, count):
 
 def test_mixed_heads_some_blocks_and_other_activations():
     products = flops.count(timm.create_model("vit_micro_patch8_32"), 32)
-    model = timm.create_model("kat_micro_patch8_32_karat", mixed_head=True, karat_blocks="0,2", mlp_basis="fourier", mlp_grid=2)
+    model = timm.create_model(
+        "kat_micro_patch8_32_karat", mixed_head=True, karat_blocks="0,2", mlp_basis="fourier", mlp_grid=2
+    )
     row, before = flops.count(model, 32), model(torch.ones(1, 3, 32, 32))
     elements = 17 * (64 + 256) * 4
     assert row["kan"] == 2 * 10 * 17 * 17 * 12 + 6 * elements
@@ -105,8 +123,26 @@ def test_attention_that_is_not_fused_counts_the_same():
 
 def test_models_side_by_side(tmp_path, capsys):
     names = ["vit_micro_patch8_32", "kat_micro_patch8_32", "vit_micro_patch8_32_karat"]
-    assert flops.main(["--model", *names, "--input-size", "32", "--nb_classes", "10", "--grid", "1", "--mlp-basis", "spline", "--attn-only",
-                       "--json", str(tmp_path / "rows.json")]) == 0
+    assert (
+        flops.main(
+            [
+                "--model",
+                *names,
+                "--input-size",
+                "32",
+                "--nb_classes",
+                "10",
+                "--grid",
+                "1",
+                "--mlp-basis",
+                "spline",
+                "--attn-only",
+                "--json",
+                str(tmp_path / "rows.json"),
+            ]
+        )
+        == 0
+    )
     header, *lines = capsys.readouterr().out.splitlines()
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert "GFLOPs without attention products" in header and [line.split()[0] for line in lines] == names
@@ -116,10 +152,15 @@ def test_models_side_by_side(tmp_path, capsys):
     assert lines[1].split()[1] == f"{rows[1]['parameters'] / 1e6:.4f}"
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["--grid", "3"], "--grid is for models with Kolmogorov-Arnold attention"), (["--model-kwargs", "depth"], "KEY=VALUE"),
-    (["--model-kwargs", "num_heads=3"], "cannot build vit_micro_patch8_32"),
-    (["--input-size", "32", "--json", "none/rows.json"], "none/rows.json cannot be written")])
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--grid", "3"], "--grid is for models with Kolmogorov-Arnold attention"),
+        (["--model-kwargs", "depth"], "KEY=VALUE"),
+        (["--model-kwargs", "num_heads=3"], "cannot build vit_micro_patch8_32"),
+        (["--input-size", "32", "--json", "none/rows.json"], "none/rows.json cannot be written"),
+    ],
+)
 def test_what_cannot_be_counted_is_one_sentence(argv, sentence, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert flops.main(["--model", "vit_micro_patch8_32", *argv]) == 2

@@ -10,7 +10,12 @@ from kan_basis import BASES, GroupBasis, GroupRational, group, group_basis, make
 from kan_basis.wavelet import WAVELETS
 from models.kat import GRKANMlp, variance_gain
 
-OPTIONS = {"fourier": dict(grid=2), "spline": dict(grid=3, order=2, grid_range=(-2, 2)), "wavelet": {}, "rational": dict(version="A")}
+OPTIONS = {
+    "fourier": dict(grid=2),
+    "spline": dict(grid=3, order=2, grid_range=(-2, 2)),
+    "wavelet": {},
+    "rational": dict(version="A"),
+}
 OTHERS = ("fourier", "spline", "wavelet")
 each_basis = pytest.mark.parametrize("name", OTHERS)
 
@@ -39,8 +44,10 @@ def literal(name, x, t):
     def bump(i, k):  # Cox-de Boor
         if k == 0:
             return float(knots[i] <= x < knots[i + 1])
-        return ((x - knots[i]) / (knots[i + k] - knots[i]) * bump(i, k - 1)
-                + (knots[i + k + 1] - x) / (knots[i + k + 1] - knots[i + 1]) * bump(i + 1, k - 1))
+        return (x - knots[i]) / (knots[i + k] - knots[i]) * bump(i, k - 1) + (knots[i + k + 1] - x) / (
+            knots[i + k + 1] - knots[i + 1]
+        ) * bump(i + 1, k - 1)
+
     return sum(c * bump(i, 2) for i, c in enumerate(t))
 
 
@@ -55,7 +62,10 @@ def test_is_the_literal_formula(name, groups, monkeypatch):
     x, t = 2 * torch.randn(7, 12, dtype=torch.float64), theta(name, groups)
     got = group_basis(x, t, basis(name), "swish")
     rows = t.detach().tolist()
-    want = [[v / (1 + math.exp(-v)) + literal(name, v, rows[c * groups // 12]) for c, v in enumerate(row)] for row in x.tolist()]
+    want = [
+        [v / (1 + math.exp(-v)) + literal(name, v, rows[c * groups // 12]) for c, v in enumerate(row)]
+        for row in x.tolist()
+    ]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-11, atol=1e-11)
 
 
@@ -100,11 +110,15 @@ def test_dtypes_and_autocast(name):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         y = act(x.to(dtype))
         assert y.dtype is dtype
-        torch.testing.assert_close(y, act.double()(x.to(dtype).double()).to(dtype), rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
+        torch.testing.assert_close(
+            y, act.double()(x.to(dtype).double()).to(dtype), rtol=3 * torch.finfo(dtype).eps, atol=1e-5
+        )
         act.float()
     with torch.autocast("cpu", torch.bfloat16):
         y = act(x.requires_grad_())
-        assert y.dtype is torch.bfloat16 and torch.equal(y, act(x.bfloat16())) and act(x.double()).dtype is torch.float64
+        assert (
+            y.dtype is torch.bfloat16 and torch.equal(y, act(x.bfloat16())) and act(x.double()).dtype is torch.float64
+        )
     y.sum().backward()
     assert x.grad.dtype is torch.float32 and act.weight_coefficients.grad.dtype is torch.float32
 
@@ -129,6 +143,7 @@ def test_only_x_is_kept_and_terms_exist_in_chunks(name, monkeypatch):
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
+
     with Largest() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = act(x)
@@ -140,12 +155,22 @@ def test_only_x_is_kept_and_terms_exist_in_chunks(name, monkeypatch):
 @each_basis
 def test_model(name):
     torch.manual_seed(1)
-    options = {"mlp_basis": name, "mlp_grid": 2, "mlp_order": 2, "mlp_grid_range": [-4, 4], "mlp_wavelet": "dog", "num_groups": 4}
+    options = {
+        "mlp_basis": name,
+        "mlp_grid": 2,
+        "mlp_order": 2,
+        "mlp_grid_range": [-4, 4],
+        "mlp_wavelet": "dog",
+        "num_groups": 4,
+    }
     model = timm.create_model("kat_micro_patch8_32", num_classes=10, weight_init="variance_preserving", **options)
     act = model.blocks[0].mlp.act2
     assert isinstance(act, GroupBasis) and act.weight_coefficients.shape[0] == 4 and act.basis.name == name
-    assert {"fourier": act.basis.num_coefficients == 4, "wavelet": getattr(act.basis, "wavelet", 0) == "dog",
-            "spline": getattr(act.basis, "grid_range", 0) == (-4, 4)}[name]
+    assert {
+        "fourier": act.basis.num_coefficients == 4,
+        "wavelet": getattr(act.basis, "wavelet", 0) == "dog",
+        "spline": getattr(act.basis, "grid_range", 0) == (-4, 4),
+    }[name]
     images, labels, losses = torch.randn(16, 3, 32, 32), torch.arange(16) % 10, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(4):
@@ -157,7 +182,9 @@ def test_model(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
-    assert act.weight_coefficients.grad.abs().sum(0).all()  # every coefficient trains, a wavelet's translation and scale from the second step on
+    assert (
+        act.weight_coefficients.grad.abs().sum(0).all()
+    )  # every coefficient trains, a wavelet's translation and scale from the second step on
 
 
 def test_other_names_and_the_published_default():
@@ -166,7 +193,10 @@ def test_other_names_and_the_published_default():
     flash = timm.create_model("flash_kat_micro_gelu_patch8_32", mlp_basis="spline", den_groups=-1)
     assert flash.blocks[0].mlp.act2.weight_coefficients.shape == (256, 6) and flash.blocks[0].mlp.act2.target == "gelu"
     with torch.device("meta"):
-        plain, named = timm.create_model("kat_tiny_patch16_224"), timm.create_model("kat_tiny_patch16_224", mlp_basis="rational", mlp_grid=7)
+        plain, named = (
+            timm.create_model("kat_tiny_patch16_224"),
+            timm.create_model("kat_tiny_patch16_224", mlp_basis="rational", mlp_grid=7),
+        )
     assert len(plain.state_dict()) == 200 and plain.state_dict().keys() == named.state_dict().keys()
     assert isinstance(plain.blocks[0].mlp.act1, GroupRational)
 
@@ -190,16 +220,38 @@ def test_compiles_without_a_break():
     assert torch.equal(torch.compile(act, backend="aot_eager", fullgraph=True)(x), act(x))
 
 
-@pytest.mark.parametrize("make, sentence", [
-    (lambda: GroupBasis(basis("spline"), target="geglu"), "unknown target 'geglu' of the spline basis; there are: identity"),
-    (lambda: GroupBasis(basis("spline"), 0), "needs num_channels"),
-    (lambda: GroupBasis(basis("spline"), 8, num_channels=12), "12 channels do not divide into 8 groups"),
-    (lambda: GroupBasis(basis("spline"))(torch.zeros(2, 12)), "the 12 channels of x .* do not divide into 8 groups"),
-    (lambda: GroupBasis(basis("spline"), channel_dim=2)(torch.zeros(2, 8)), "channel_dim 2 does not exist"),
-    (lambda: group_basis(torch.zeros(2, 8), torch.zeros(8, 3), basis("spline")), r"theta must have shape \(groups, 5\), not \(8, 3\)"),
-    (lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="chebyshev"), "unknown basis 'chebyshev'; there are: fourier"),
-    (lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="fourier", mlp_grid=0), "grid must be at least 1, not 0"),
-    (lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="spline", act_init=("identity", "geglu")), "unknown target 'geglu'")])
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (
+            lambda: GroupBasis(basis("spline"), target="geglu"),
+            "unknown target 'geglu' of the spline basis; there are: identity",
+        ),
+        (lambda: GroupBasis(basis("spline"), 0), "needs num_channels"),
+        (lambda: GroupBasis(basis("spline"), 8, num_channels=12), "12 channels do not divide into 8 groups"),
+        (
+            lambda: GroupBasis(basis("spline"))(torch.zeros(2, 12)),
+            "the 12 channels of x .* do not divide into 8 groups",
+        ),
+        (lambda: GroupBasis(basis("spline"), channel_dim=2)(torch.zeros(2, 8)), "channel_dim 2 does not exist"),
+        (
+            lambda: group_basis(torch.zeros(2, 8), torch.zeros(8, 3), basis("spline")),
+            r"theta must have shape \(groups, 5\), not \(8, 3\)",
+        ),
+        (
+            lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="chebyshev"),
+            "unknown basis 'chebyshev'; there are: fourier",
+        ),
+        (
+            lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="fourier", mlp_grid=0),
+            "grid must be at least 1, not 0",
+        ),
+        (
+            lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="spline", act_init=("identity", "geglu")),
+            "unknown target 'geglu'",
+        ),
+    ],
+)
 def test_errors_are_one_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()

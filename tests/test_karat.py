@@ -34,7 +34,9 @@ def attention(op, heads=2, head_dim=4, **kwargs):
 def test_operator_is_the_literal_formula(name, options):
     op, scores = operator(name, **options), torch.randn(1, 2, 2, 5, dtype=torch.float64)
     with torch.no_grad():
-        expected = torch.tensor([[[literal_sigma(op, h, scores[0, h, m]) for m in range(2)] for h in range(2)]], dtype=torch.float64)
+        expected = torch.tensor(
+            [[[literal_sigma(op, h, scores[0, h, m]) for m in range(2)] for h in range(2)]], dtype=torch.float64
+        )
         torch.testing.assert_close(op(scores), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -44,7 +46,7 @@ def test_attention_is_sigma_of_the_scores_times_v(options, monkeypatch):
     op = operator(**options)
     attn, x = attention(op), torch.randn(3, 5, 8, dtype=torch.float64)
     q, k, v = attn.qkv(x).reshape(3, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
-    expected = op(q @ k.mT / 4 ** 0.5) @ v
+    expected = op(q @ k.mT / 4**0.5) @ v
     torch.testing.assert_close(attn(x), attn.proj(expected.transpose(1, 2).reshape(3, 5, 8)), rtol=1e-10, atol=1e-10)
 
 
@@ -53,7 +55,7 @@ def test_output_scale_and_projection(output_scale, l1):
     op = operator(output_scale=output_scale, project_l1=l1)
     scores, v = torch.randn(2, 2, 5, 5, dtype=torch.float64), torch.randn(2, 2, 5, 4, dtype=torch.float64)
     sigma = op.functions(scores) @ op.project_out.mT
-    sigma = sigma * {"1": 1, "sqrt": 5 ** -0.5, "learned": op.output_scale}[output_scale]
+    sigma = sigma * {"1": 1, "sqrt": 5**-0.5, "learned": op.output_scale}[output_scale]
     sigma = project_l1(sigma) if l1 else sigma
     torch.testing.assert_close(op(scores), sigma, rtol=1e-6, atol=0)
     torch.testing.assert_close(op.attend(scores, v), sigma @ v, rtol=1e-6, atol=1e-10)
@@ -82,12 +84,18 @@ def test_only_q_k_v_are_kept_and_nothing_large_is_built(monkeypatch):
         attn.set_operator(KArAtOperator(N, h, basis(name), r, **options))
         x, kept = torch.randn(B, N, h * 8, requires_grad=True), []
         with Largest() as largest:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().nbytes() // 4) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t.untyped_storage().nbytes() // 4) or t, lambda t: t
+            ):
                 out = attn(x)
             out.square().sum().backward()
         assert max(kept) < B * h * N * N, (name, options)
         widest = max(layer.out_features * layer.in_features for layer in attn.operator.layers)
-        assert largest.elements <= max(20_000, attn.qkv.weight.numel() * B, B * h * N * r, 2 * widest * 6) < B * h * N * widest, (name, options)
+        assert (
+            largest.elements
+            <= max(20_000, attn.qkv.weight.numel() * B, B * h * N * r, 2 * widest * 6)
+            < B * h * N * widest
+        ), (name, options)
 
 
 def test_attention_dropout_and_its_recomputation():
@@ -124,7 +132,9 @@ def test_scores_stay_float32_under_autocast(monkeypatch):
         seen.clear()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             KArAtOperator(5, 2, basis("fourier"), 3, **options)(torch.randn(2, 2, 5, 5))
-        assert all(s.dtype == torch.float32 for s in seen) and len(seen) == max(1, options["depth"] - options.get("modular", False))
+        assert all(s.dtype == torch.float32 for s in seen) and len(seen) == max(
+            1, options["depth"] - options.get("modular", False)
+        )
 
 
 @pytest.mark.gpu
@@ -158,9 +168,17 @@ def test_training_memory_is_near_that_of_softmax():
     assert peaks[1] <= 1.6 * peaks[0]
 
 
-@pytest.mark.parametrize("name, options, classes, millions", [
-    ("vit_tiny", {}, 10, 6.2923), ("vit_tiny", dict(universal=True), 10, 5.5902), ("vit_small", {}, 1000, 23.5825),
-    ("vit_small", dict(universal=True), 1000, 22.1783), ("vit_base", dict(grid=1), 10, 87.5084), ("vit_base", dict(grid=1, universal=True), 10, 85.9482)])
+@pytest.mark.parametrize(
+    "name, options, classes, millions",
+    [
+        ("vit_tiny", {}, 10, 6.2923),
+        ("vit_tiny", dict(universal=True), 10, 5.5902),
+        ("vit_small", {}, 1000, 23.5825),
+        ("vit_small", dict(universal=True), 1000, 22.1783),
+        ("vit_base", dict(grid=1), 10, 87.5084),
+        ("vit_base", dict(grid=1, universal=True), 10, 85.9482),
+    ],
+)
 def test_published_parameter_counts(name, options, classes, millions):
     with torch.device("meta"):
         model = timm.create_model(f"{name}_patch16_224_karat", num_classes=classes, **options)
@@ -168,10 +186,19 @@ def test_published_parameter_counts(name, options, classes, millions):
 
 
 @pytest.mark.parametrize("family", ["vit", "kat"])
-@pytest.mark.parametrize("options", [{}, dict(universal=True), dict(mixed_head=True, basis_type="RationalBasis", base_fn="nn.PReLU"),
-                                     dict(basis_type="WaveletBasis", wavelet_type="morlet", karat_blocks="1,3"),
-                                     dict(basis_type="SplineBasis", modular_mode="w1_phi2", base_fn="nn.SiLU", karat_init="scaled"),
-                                     dict(karat_depth=1, project_l1=True), dict(modular_attn=False, qk_norm=True, attn_drop_rate=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(universal=True),
+        dict(mixed_head=True, basis_type="RationalBasis", base_fn="nn.PReLU"),
+        dict(basis_type="WaveletBasis", wavelet_type="morlet", karat_blocks="1,3"),
+        dict(basis_type="SplineBasis", modular_mode="w1_phi2", base_fn="nn.SiLU", karat_init="scaled"),
+        dict(karat_depth=1, project_l1=True),
+        dict(modular_attn=False, qk_norm=True, attn_drop_rate=0.1),
+    ],
+    ids=str,
+)
 def test_every_parameter_gets_a_gradient(family, options):
     model = timm.create_model(f"{family}_micro_patch8_32_karat", num_classes=10, **options)
     out = model(torch.randn(4, 3, 32, 32))
@@ -191,7 +218,11 @@ def test_universal_operator_is_one():
     for m in (model, copy.deepcopy(model)):
         assert all(block.attn.shared[0] is m.karat for block in m.blocks)
         keys = [key for key in m.state_dict() if "coefficients" in key]
-        assert keys == ["karat.layers.0.coefficients"] == [n for n, _ in m.named_parameters(remove_duplicate=False) if "coefficients" in n]
+        assert (
+            keys
+            == ["karat.layers.0.coefficients"]
+            == [n for n, _ in m.named_parameters(remove_duplicate=False) if "coefficients" in n]
+        )
     assert m.karat is not model.karat
     with torch.no_grad():
         m.karat.project_out.zero_()
@@ -210,13 +241,16 @@ def test_mixed_heads():
     attn, x = model.blocks[0].attn, torch.randn(2, 17, 64)
     assert attn.operator.num_heads == 1
     q, k, v = attn.qkv(x).reshape(2, 17, 3, 2, 32).permute(2, 0, 3, 1, 4)
-    scores = q @ k.mT / 32 ** 0.5
+    scores = q @ k.mT / 32**0.5
     heads = torch.cat([attn.operator(scores[:, :1]) @ v[:, :1], scores[:, 1:].softmax(-1) @ v[:, 1:]], 1)
     torch.testing.assert_close(attn(x), attn.proj(heads.transpose(1, 2).reshape(2, 17, 64)), rtol=1e-4, atol=1e-4)
     assert micro(mixed_head=True, num_attention=2).blocks[0].attn.operator.num_heads == 2
     with torch.device("meta"):
         for size, heads in (("tiny", 1), ("small", 3), ("base", 6)):
-            assert timm.create_model(f"vit_{size}_patch16_224_karat", mixed_head=True).blocks[0].attn.operator.num_heads == heads
+            assert (
+                timm.create_model(f"vit_{size}_patch16_224_karat", mixed_head=True).blocks[0].attn.operator.num_heads
+                == heads
+            )
 
 
 def test_choice_of_blocks_and_values_for_each():
@@ -226,30 +260,67 @@ def test_choice_of_blocks_and_values_for_each():
     plain, x = Attention(64, 2, qkv_bias=True), torch.randn(2, 17, 64)
     plain.load_state_dict(model.blocks[1].attn.state_dict())
     assert torch.equal(plain(x), model.blocks[1].attn(x))
-    assert parse_blocks("0-3,11", 12) == [0, 1, 2, 3, 11] and parse_blocks([2, 0], 3) == [0, 2] and parse_blocks(None, 2) == [0, 1]
+    assert (
+        parse_blocks("0-3,11", 12) == [0, 1, 2, 3, 11]
+        and parse_blocks([2, 0], 3) == [0, 2]
+        and parse_blocks(None, 2) == [0, 1]
+    )
 
 
 def test_kat_starts_without_mimetic_attention():
-    stds = [timm.create_model("kat_micro_patch8_32_karat", **options).blocks[0].attn.qkv.weight[:128].std().item()
-            for options in ({}, dict(weight_init="released"))]
+    stds = [
+        timm.create_model("kat_micro_patch8_32_karat", **options).blocks[0].attn.qkv.weight[:128].std().item()
+        for options in ({}, dict(weight_init="released"))
+    ]
     assert stds[0] == pytest.approx(0.02, rel=0.1) and stds[1] > 0.05
 
 
 def test_base_functions_are_looked_up():
-    assert base_function("ZeroModule") is None and isinstance(base_function("nn.SiLU"), nn.SiLU) and isinstance(base_function("ReLU"), nn.ReLU)
-    for name in ("os.system", "nn.Module.__init__", "__import__('os')", "Softmax", "Linear", "nn.nn.ReLU", "Tensor", ""):
+    assert (
+        base_function("ZeroModule") is None
+        and isinstance(base_function("nn.SiLU"), nn.SiLU)
+        and isinstance(base_function("ReLU"), nn.ReLU)
+    )
+    for name in (
+        "os.system",
+        "nn.Module.__init__",
+        "__import__('os')",
+        "Softmax",
+        "Linear",
+        "nn.nn.ReLU",
+        "Tensor",
+        "",
+    ):
         with pytest.raises(ValueError, match="unknown base_fn.*SiLU"):
             base_function(name)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(basis_type="Chebyshev"), "unknown basis 'Chebyshev'"), (dict(basis_type="wavelet", wavelet_type="haar"), "unknown wavelet 'haar'"),
-    (dict(base_fn="os.system"), "unknown base_fn"), (dict(hidden_dim=0), "hidden_dim must be at least 1"), (dict(grid=0), "grid must be at least 1"),
-    (dict(karat_depth=0), "depth must be at least 1"), (dict(karat_blocks="0-4"), "from 0 to 3"), (dict(karat_blocks="0-2-3"), "like '0-3,11'"), (dict(karat_blocks="3-1"), "backwards"),
-    (dict(grid=2.5), "grid must be an integer"), (dict(patch_drop_rate=0.5), "tied to its number of tokens"), (dict(karat_blocks="first"), "like '0-3,11'"),
-    (dict(karat_blocks=""), "like '0-3,11'"), (dict(karat_blocks=[]), "from 0 to 3"), (dict(universal=True, grid=[1, 2, 3, 4]), "one value for a universal"),
-    (dict(hidden_dim=[4, 5]), "each of the 4"), (dict(num_attention=1), "needs mixed_head"), (dict(mixed_head=True, num_attention=3), "from 1 to 2"),
-    (dict(modular_mode="w2"), "unknown mode 'w2'"), (dict(output_scale="2"), "unknown output_scale"), (dict(karat_init="x"), "unknown init 'x'")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(basis_type="Chebyshev"), "unknown basis 'Chebyshev'"),
+        (dict(basis_type="wavelet", wavelet_type="haar"), "unknown wavelet 'haar'"),
+        (dict(base_fn="os.system"), "unknown base_fn"),
+        (dict(hidden_dim=0), "hidden_dim must be at least 1"),
+        (dict(grid=0), "grid must be at least 1"),
+        (dict(karat_depth=0), "depth must be at least 1"),
+        (dict(karat_blocks="0-4"), "from 0 to 3"),
+        (dict(karat_blocks="0-2-3"), "like '0-3,11'"),
+        (dict(karat_blocks="3-1"), "backwards"),
+        (dict(grid=2.5), "grid must be an integer"),
+        (dict(patch_drop_rate=0.5), "tied to its number of tokens"),
+        (dict(karat_blocks="first"), "like '0-3,11'"),
+        (dict(karat_blocks=""), "like '0-3,11'"),
+        (dict(karat_blocks=[]), "from 0 to 3"),
+        (dict(universal=True, grid=[1, 2, 3, 4]), "one value for a universal"),
+        (dict(hidden_dim=[4, 5]), "each of the 4"),
+        (dict(num_attention=1), "needs mixed_head"),
+        (dict(mixed_head=True, num_attention=3), "from 1 to 2"),
+        (dict(modular_mode="w2"), "unknown mode 'w2'"),
+        (dict(output_scale="2"), "unknown output_scale"),
+        (dict(karat_init="x"), "unknown init 'x'"),
+    ],
+)
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         micro(**options)
@@ -277,7 +348,11 @@ def test_scaled_init_keeps_the_variance(name, base_fn, options):
     assert 0.2 < out.square().mean().item() < 5
 
 
-@pytest.mark.parametrize("options", [{}, dict(basis_type="WaveletBasis", base_fn="nn.PReLU"), dict(project_l1=True, modular_attn=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(basis_type="WaveletBasis", base_fn="nn.PReLU"), dict(project_l1=True, modular_attn=False)],
+    ids=str,
+)
 def test_exported_for_any_batch_and_empty_batches(options):
     model, images = micro(**options).eval(), torch.randn(5, 3, 32, 32)
     for batch in (torch.export.Dim("batch"), torch.export.Dim("batch", min=2, max=512)):

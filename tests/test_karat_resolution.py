@@ -1,4 +1,5 @@
 """Operators for another number of tokens than they were trained for: through main.py, and through timm."""
+
 import re
 
 import pytest
@@ -21,14 +22,75 @@ def micro(**options):
 def test_photographs_at_other_sizes_than_in_training(tmp_path, capfd):
     """Trained at 32 pixels, evaluated at 24 and 48: about the loss at 32, and less than with operators resampled to the nearest token."""
     photographs(tmp_path, train=200, validation=100)
-    assert call("--model", NAME, "--model-kwargs", "depth=2", "--data-set", "IMNET", "--data-path", tmp_path, "--input-size", "32", "--batch-size", "50",
-                "--epochs", "5", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--sched-on-updates", "--no-repeated-aug", "--aa", "none",
-                "--color-jitter", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--clip-grad", "1", "--num-workers", "0",
-                "--no-model-ema", "--eval-every", "5", "--check-images", "off", "--device", "cpu", "--output-dir", tmp_path / "out") == 0
+    assert (
+        call(
+            "--model",
+            NAME,
+            "--model-kwargs",
+            "depth=2",
+            "--data-set",
+            "IMNET",
+            "--data-path",
+            tmp_path,
+            "--input-size",
+            "32",
+            "--batch-size",
+            "50",
+            "--epochs",
+            "5",
+            "--lr",
+            "2e-3",
+            "--unscale-lr",
+            "--warmup-epochs",
+            "1",
+            "--sched-on-updates",
+            "--no-repeated-aug",
+            "--aa",
+            "none",
+            "--color-jitter",
+            "0",
+            "--reprob",
+            "0",
+            "--mixup",
+            "0",
+            "--cutmix",
+            "0",
+            "--drop-path",
+            "0",
+            "--clip-grad",
+            "1",
+            "--num-workers",
+            "0",
+            "--no-model-ema",
+            "--eval-every",
+            "5",
+            "--check-images",
+            "off",
+            "--device",
+            "cpu",
+            "--output-dir",
+            tmp_path / "out",
+        )
+        == 0
+    )
 
     def evaluate(size, *flags):
         capfd.readouterr()
-        assert call("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--input-size", size, "--num-workers", "0", "--device", "cpu", *flags) == 0
+        assert (
+            call(
+                "--eval",
+                "--resume",
+                tmp_path / "out/checkpoint.pth",
+                "--input-size",
+                size,
+                "--num-workers",
+                "0",
+                "--device",
+                "cpu",
+                *flags,
+            )
+            == 0
+        )
         out = capfd.readouterr().out
         assert ("resampled" in out) == (size != 32)
         return [float(re.search(rf"{figure} ([\d.]+)", out)[1]) for figure in ("Acc@1", "loss")]
@@ -41,7 +103,11 @@ def test_photographs_at_other_sizes_than_in_training(tmp_path, capfd):
         assert resampled_loss < nearest_loss - 0.01
 
 
-@pytest.mark.parametrize("options", [{}, dict(universal=True), dict(modular_attn=False), dict(modular_mode="w1_phi2"), dict(karat_depth=1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(universal=True), dict(modular_attn=False), dict(modular_mode="w1_phi2"), dict(karat_depth=1)],
+    ids=str,
+)
 def test_every_operator_loads_at_another_image_and_patch_size(options, tmp_path):
     state = micro(**options).state_dict()
     for other in (dict(img_size=48), dict(patch_size=16), dict(img_size=24, patch_size=4)):
@@ -59,12 +125,41 @@ def test_every_operator_loads_at_another_image_and_patch_size(options, tmp_path)
 
 
 def test_interpolation_is_chosen_and_averaged_weights_are_resampled_as_well(tmp_path, capfd):
-    flags = ("--model", NAME, "--model-kwargs", "depth=1", "--input-size", "32", "--epochs", "1", "--train-subset", "50", "--val-subset", "20", "--num-workers",
-             "0", "--device", "cpu")
+    flags = (
+        "--model",
+        NAME,
+        "--model-kwargs",
+        "depth=1",
+        "--input-size",
+        "32",
+        "--epochs",
+        "1",
+        "--train-subset",
+        "50",
+        "--val-subset",
+        "20",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+    )
     assert call(*flags, "--output-dir", tmp_path) == 0
     losses = set()
     for mode in ("bicubic", "bilinear", "nearest"):
-        assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--input-size", "48", "--karat-resample", mode, "--device", "cpu") == 0
+        assert (
+            call(
+                "--eval",
+                "--resume",
+                tmp_path / "checkpoint.pth",
+                "--input-size",
+                "48",
+                "--karat-resample",
+                mode,
+                "--device",
+                "cpu",
+            )
+            == 0
+        )
         out = capfd.readouterr().out
         assert "EMA weights: Acc@1" in out and "blocks.0.attn.operator.project_out (2, 17, 12) -> (2, 37, 12)" in out
         losses.add(re.search(r"raw weights: .* loss ([\d.]+)", out)[1])

@@ -1,4 +1,5 @@
 """The one place that touches CuPy: devices, threads, memory, and what else is called cuda."""
+
 import contextlib
 import sys
 import threading
@@ -28,7 +29,9 @@ def test_a_kernel_for_a_device_that_is_not_the_current_one(monkeypatch):
             asked.append(current[-1])
             return types.SimpleNamespace(ptr=1000 + current[-1])
 
-    cuda = types.SimpleNamespace(Device=on, driver=types.SimpleNamespace(launchKernel=None), runtime=types.SimpleNamespace(setDevice=None))
+    cuda = types.SimpleNamespace(
+        Device=on, driver=types.SimpleNamespace(launchKernel=None), runtime=types.SimpleNamespace(setDevice=None)
+    )
     module = types.SimpleNamespace(get_function=lambda name: Function())
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawModule=lambda **options: module))
     monkeypatch.setattr(torch.cuda, "device", on)

@@ -36,7 +36,10 @@ def test_layer_is_the_literal_sum(name, base_fn, chunked, request):
     layer, x = layer_and_input(name, base_fn)
     out = layer(x)
     assert out.shape == (2, 2, 2, 3) and out.dtype == torch.float64
-    expected = torch.tensor([[[literal_sums(layer, h, x[b, h, m]) for m in range(2)] for h in range(2)] for b in range(2)], dtype=torch.float64)
+    expected = torch.tensor(
+        [[[literal_sums(layer, h, x[b, h, m]) for m in range(2)] for h in range(2)] for b in range(2)],
+        dtype=torch.float64,
+    )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
@@ -50,12 +53,24 @@ def test_gradients(name, base_fn, small_chunks):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
 
 
-@pytest.mark.parametrize("name, options, r", [("fourier", dict(grid=3), 12), ("fourier", dict(grid=11), 12), ("spline", dict(grid=5), 12),
-                                              ("wavelet", {}, 12), ("rational", {}, 12), ("rational", {}, 24)])
+@pytest.mark.parametrize(
+    "name, options, r",
+    [
+        ("fourier", dict(grid=3), 12),
+        ("fourier", dict(grid=11), 12),
+        ("spline", dict(grid=5), 12),
+        ("wavelet", {}, 12),
+        ("rational", {}, 12),
+        ("rational", {}, 24),
+    ],
+)
 def test_nothing_of_rows_x_outputs_x_inputs(name, options, r, monkeypatch):
     monkeypatch.setattr(kan, "MAX_FEATURES", 20_000)
     monkeypatch.setattr(kan, "MAX_EDGES", 2_000)
-    layer, x = KANLayer(24, r, make_basis(name, **options), 2, nn.SiLU()), torch.randn(16, 2, 24, 24, requires_grad=True)
+    layer, x = (
+        KANLayer(24, r, make_basis(name, **options), 2, nn.SiLU()),
+        torch.randn(16, 2, 24, 24, requires_grad=True),
+    )
     with Largest() as largest:
         layer(x).square().sum().backward()
     assert x.grad.isfinite().all() and layer.coefficients.grad.isfinite().all()
@@ -85,7 +100,9 @@ def test_parameters_and_freezing():
 def test_scaled_init_has_variance_one(name):
     outputs = torch.cat([KANLayer(64, 32, basis(name), 4, init="scaled")(torch.randn(16, 4, 8, 64)) for _ in range(4)])
     assert outputs.square().mean().item() == pytest.approx(1, rel=0.35)
-    with_base = torch.cat([KANLayer(64, 32, basis(name), 4, nn.ReLU(), init="scaled")(torch.randn(16, 4, 8, 64)) for _ in range(4)])
+    with_base = torch.cat(
+        [KANLayer(64, 32, basis(name), 4, nn.ReLU(), init="scaled")(torch.randn(16, 4, 8, 64)) for _ in range(4)]
+    )
     assert with_base.square().mean().item() == pytest.approx(1, rel=0.35)  # without regard to what ReLU is on average
     half = KANLayer(6, 4, basis(name), init_scale=0.5)
     assert half.scale_basis.eq(0.5).all() and half.scale_base.eq(0.5).all()
@@ -99,13 +116,17 @@ def test_dtypes(name):
     assert layer.double()(x.double()).dtype == torch.float64
     assert layer.float()(x[:0]).shape == (0, 2, 4, 3)
     with_base = KANLayer(5, 3, basis(name), 2, nn.PReLU())
-    torch.testing.assert_close(with_base.bfloat16()(x.bfloat16()), with_base.float()(x.bfloat16()), rtol=0.02, atol=0.1)  # b's parameter in bfloat16
+    torch.testing.assert_close(
+        with_base.bfloat16()(x.bfloat16()), with_base.float()(x.bfloat16()), rtol=0.02, atol=0.1
+    )  # b's parameter in bfloat16
 
 
 def test_features_see_float32_under_autocast(monkeypatch):
     layer, seen = KANLayer(5, 3, basis("fourier"), 2), []
     features = type(layer.basis).features
-    monkeypatch.setattr(type(layer.basis), "features", lambda self, x, *dim: seen.append(x.dtype) or features(self, x, *dim))
+    monkeypatch.setattr(
+        type(layer.basis), "features", lambda self, x, *dim: seen.append(x.dtype) or features(self, x, *dim)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 2, 4, 5)).dtype == torch.bfloat16
     assert seen == [torch.float32]

@@ -1,4 +1,5 @@
 """main.py as a user calls it: in this process where one suffices, through torchrun where several take part."""
+
 import json
 import os
 import re
@@ -17,8 +18,30 @@ from arguments import get_args_parser, parse
 from engine import _binary_targets
 
 ROOT = Path(__file__).resolve().parent.parent
-MICRO = ["--model", "kat_micro_patch8_32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2", "--input-size", "32", "--device", "cpu",
-         "--data-set", "DIGITS", "--num-workers", "0", "--batch-size", "32", "--warmup-epochs", "1", "--lr", "1e-2", "--clip-grad", "1"]
+MICRO = [
+    "--model",
+    "kat_micro_patch8_32",
+    "--model-kwargs",
+    "depth=2",
+    "embed_dim=32",
+    "num_heads=2",
+    "--input-size",
+    "32",
+    "--device",
+    "cpu",
+    "--data-set",
+    "DIGITS",
+    "--num-workers",
+    "0",
+    "--batch-size",
+    "32",
+    "--warmup-epochs",
+    "1",
+    "--lr",
+    "1e-2",
+    "--clip-grad",
+    "1",
+]
 SMALL = [*MICRO, "--train-subset", "160", "--val-subset", "51"]
 
 
@@ -27,7 +50,14 @@ def call(*arguments):
 
 
 def torchrun(processes, *arguments, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / "main.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(ROOT / "main.py"),
+    ]
     return _run([*command, *map(str, arguments)], **kwargs)
 
 
@@ -37,7 +67,15 @@ def processes(count, *arguments):
 
 
 def _run(command, **kwargs):
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
 
 
 def log(folder):
@@ -52,11 +90,18 @@ def assert_same_run(one: Path, two: Path):
         for part in ("model", "model_ema"):
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
         assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-        assert all(torch.equal(v, b["optimizer"]["state"][i][k]) for i, s in a["optimizer"]["state"].items() for k, v in s.items())
+        assert all(
+            torch.equal(v, b["optimizer"]["state"][i][k])
+            for i, s in a["optimizer"]["state"].items()
+            for k, v in s.items()
+        )
 
 
-@pytest.mark.parametrize("options", [[], ["--sched-on-updates", "--no-repeated-aug", "--num-workers", "1", "--grad-accum-steps", "2"]],
-                         ids=["epochs", "updates"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--sched-on-updates", "--no-repeated-aug", "--num-workers", "1", "--grad-accum-steps", "2"]],
+    ids=["epochs", "updates"],
+)
 def test_stopped_and_resumed_is_the_straight_run(tmp_path, monkeypatch, options):
     flags = [*SMALL, "--epochs", "3", "--drop", "0.1", *options]
     assert call(*flags, "--output-dir", tmp_path / "straight") == 0
@@ -73,7 +118,19 @@ def test_stopped_and_resumed_is_the_straight_run(tmp_path, monkeypatch, options)
     assert call(*flags, "--output-dir", tmp_path / "stopped") == 130
     assert len(log(tmp_path / "stopped")) == 1
     (tmp_path / "stopped" / "log.txt").open("a").write('{"epoch": 1, "tra')  # cut short, as by a crash
-    assert call("--resume", "auto", "--output-dir", tmp_path / "stopped", "--num-workers", "1" if options else "0", "--device", "cpu") == 0
+    assert (
+        call(
+            "--resume",
+            "auto",
+            "--output-dir",
+            tmp_path / "stopped",
+            "--num-workers",
+            "1" if options else "0",
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     assert epochs == [0, 1, 1, 2]
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
@@ -82,9 +139,26 @@ def test_two_processes_killed_and_resumed(tmp_path):
     flags = [*SMALL, "--epochs", "3", "--no-repeated-aug"]
     assert torchrun(2, *flags, "--output-dir", tmp_path / "straight").returncode == 0
     stopped = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py"),
-                                *flags, "--epochs", "3", "--output-dir", str(stopped)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(ROOT / "main.py"),
+            *flags,
+            "--epochs",
+            "3",
+            "--output-dir",
+            str(stopped),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
     while not (stopped / "checkpoint.pth").exists() and process.poll() is None:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
@@ -99,7 +173,19 @@ def test_two_processes_killed_and_resumed(tmp_path):
 def test_evaluation_is_the_same_for_1_2_and_3_processes(tmp_path, capfd):
     assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
     capfd.readouterr()
-    evaluate = ["--eval", "--resume", tmp_path / "checkpoint.pth", "--val-subset", "101", "--batch-size", "8", "--num-workers", "0", "--device", "cpu"]
+    evaluate = [
+        "--eval",
+        "--resume",
+        tmp_path / "checkpoint.pth",
+        "--val-subset",
+        "101",
+        "--batch-size",
+        "8",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     assert call(*evaluate) == 0
     pattern = r"(?:raw|EMA) weights: Acc@1 .* \(101 images\)"
     alone = re.findall(pattern, capfd.readouterr().out)
@@ -118,7 +204,9 @@ def test_eval_of_the_best_checkpoint_prints_the_training_s_figure(tmp_path, capf
     entries = log(tmp_path)
     assert [e["epoch"] for e in entries] == [0, 1]
     assert entries[-1]["max_accuracy"] == max(max(e["test_acc1"], e["test_ema_acc1"]) for e in entries)
-    assert {"checkpoint-0001.pth", "checkpoint-0002.pth", "curves.png", "args.json", "speed.txt"} <= set(os.listdir(tmp_path))
+    assert {"checkpoint-0001.pth", "checkpoint-0002.pth", "curves.png", "args.json", "speed.txt"} <= set(
+        os.listdir(tmp_path)
+    )
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "args.json").read_text())["versions"]["torch"] == torch.__version__
     assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
@@ -126,11 +214,28 @@ def test_eval_of_the_best_checkpoint_prints_the_training_s_figure(tmp_path, capf
 
 def test_an_earlier_run_in_the_folder_is_kept_aside(tmp_path, capfd):
     for _ in range(3):
-        assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--save-every", "1", "--output-dir", tmp_path / "out") == 0
+        assert (
+            call(*SMALL, "--train-subset", "64", "--epochs", "1", "--save-every", "1", "--output-dir", tmp_path / "out")
+            == 0
+        )
     assert "held an earlier run: moved to" in capfd.readouterr().out
     for folder in ("out", "out/earlier-1", "out/earlier-2"):
-        assert {"checkpoint.pth", "best_checkpoint.pth", "checkpoint-0001.pth", "log.txt", "curves.png"} <= set(os.listdir(tmp_path / folder))
-    assert call("--resume", tmp_path / "out" / "earlier-1" / "checkpoint.pth", "--epochs", "2", "--output-dir", tmp_path / "out", "--device", "cpu") == 0
+        assert {"checkpoint.pth", "best_checkpoint.pth", "checkpoint-0001.pth", "log.txt", "curves.png"} <= set(
+            os.listdir(tmp_path / folder)
+        )
+    assert (
+        call(
+            "--resume",
+            tmp_path / "out" / "earlier-1" / "checkpoint.pth",
+            "--epochs",
+            "2",
+            "--output-dir",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     assert (tmp_path / "out" / "earlier-3").is_dir() and [e["epoch"] for e in log(tmp_path / "out")] == [1]
     (tmp_path / "file").touch()
     assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path / "file") == 2
@@ -143,14 +248,30 @@ def test_nothing_is_saved_without_output_dir(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("flags", [
-    ["--mixup", "0", "--cutmix", "0", "--bce-loss"], ["--cutmix-minmax", "0.2", "0.8", "--mixup-mode", "elem"], ["--no-model-ema", "--opt", "lamb"],
-    ["--model-ema-decay", "0.9", "--model-ema-force-cpu"], ["--three-augment", "--src"], ["--amp"], ["--sched", "plateau"], ["--sched", "none"],
-    ["--sched", "step", "--lr-noise", "0.1", "0.9"], ["--sched", "multistep"], ["--grad-checkpointing", "--decay-rational"],
-    ["--init", "variance_preserving", "--no-aug"], ["--opt", "sgd", "--momentum", "0.8", "--clip-mode", "agc"], ["--model_ema", "--data_set", "DIGITS"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixup", "0", "--cutmix", "0", "--bce-loss"],
+        ["--cutmix-minmax", "0.2", "0.8", "--mixup-mode", "elem"],
+        ["--no-model-ema", "--opt", "lamb"],
+        ["--model-ema-decay", "0.9", "--model-ema-force-cpu"],
+        ["--three-augment", "--src"],
+        ["--amp"],
+        ["--sched", "plateau"],
+        ["--sched", "none"],
+        ["--sched", "step", "--lr-noise", "0.1", "0.9"],
+        ["--sched", "multistep"],
+        ["--grad-checkpointing", "--decay-rational"],
+        ["--init", "variance_preserving", "--no-aug"],
+        ["--opt", "sgd", "--momentum", "0.8", "--clip-mode", "agc"],
+        ["--model_ema", "--data_set", "DIGITS"],
+    ],
+)
 def test_options_train_and_resume(tmp_path, flags):
     assert call(*SMALL, *flags, "--train-subset", "64", "--epochs", "1", "--output-dir", tmp_path) == 0
-    assert call(*SMALL, *flags, "--train-subset", "64", "--epochs", "2", "--output-dir", tmp_path, "--resume", "auto") == 0
+    assert (
+        call(*SMALL, *flags, "--train-subset", "64", "--epochs", "2", "--output-dir", tmp_path, "--resume", "auto") == 0
+    )
     entries = log(tmp_path)
     assert len(entries) == 2 and all(e["train_loss"] == e["train_loss"] for e in entries)
 
@@ -180,23 +301,43 @@ def test_lr_noise_covers_its_share_of_the_epochs(monkeypatch):
 
 
 def test_plateau_without_warm_up_starts_at_the_base_rate(monkeypatch):
-    training = built(monkeypatch, "--sched", "plateau", "--warmup-epochs", "0", "--lr", "1e-3", "--unscale-lr", "--epochs", "3")
+    training = built(
+        monkeypatch, "--sched", "plateau", "--warmup-epochs", "0", "--lr", "1e-3", "--unscale-lr", "--epochs", "3"
+    )
     assert training.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_explicit_settings_win_on_resume(tmp_path, monkeypatch):
     assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--sched", "plateau", "--output-dir", tmp_path) == 0
     assert call("--resume", tmp_path / "checkpoint.pth", "--opt", "sgd", "--epochs", "2") == 2
-    training = built(monkeypatch, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.9",
-                     "0.95", "--sched", "cosine", "--output-dir", str(tmp_path / "out"))
+    training = built(
+        monkeypatch,
+        "--resume",
+        str(tmp_path / "checkpoint.pth"),
+        "--epochs",
+        "2",
+        "--weight-decay",
+        "0.3",
+        "--opt-betas",
+        "0.9",
+        "0.95",
+        "--sched",
+        "cosine",
+        "--output-dir",
+        str(tmp_path / "out"),
+    )
     assert {g["weight_decay"] for g in training.optimizer.param_groups} == {0.0, 0.3}
     assert training.optimizer.param_groups[0]["betas"] == (0.9, 0.95) and training.optimizer.state
 
 
 def test_a_run_from_pretrained_weights_resumes():
-    args, _ = parse(["--resume", "x", "--output-dir", "y"], lambda a: {"args": {"pretrained": True, "compile": True, "epochs": 7}})
+    args, _ = parse(
+        ["--resume", "x", "--output-dir", "y"], lambda a: {"args": {"pretrained": True, "compile": True, "epochs": 7}}
+    )
     assert (args.pretrained, args.compile, args.epochs) == (False, True, 7)
-    args, _ = parse(["--resume", "x", "--eval", "--batch-size", "25"], lambda a: {"args": {"compile": True, "epochs": 7}})
+    args, _ = parse(
+        ["--resume", "x", "--eval", "--batch-size", "25"], lambda a: {"args": {"compile": True, "epochs": 7}}
+    )
     assert (args.compile, args.epochs) == (False, 7)
 
 
@@ -211,15 +352,36 @@ def test_evaluation_needs_no_more_than_weights(tmp_path, capfd):
 
 @pytest.mark.parametrize("model", ["resnet10t", "vgg11"])
 def test_other_timm_models_train(model):
-    assert call(*[f for f in SMALL if "=" not in f and f != "--model-kwargs"], "--model", model, "--train-subset", "8", "--batch-size", "4",
-                "--val-subset", "4", "--epochs", "1", "--drop-path", "0", "--no-model-ema") == 0
+    assert (
+        call(
+            *[f for f in SMALL if "=" not in f and f != "--model-kwargs"],
+            "--model",
+            model,
+            "--train-subset",
+            "8",
+            "--batch-size",
+            "4",
+            "--val-subset",
+            "4",
+            "--epochs",
+            "1",
+            "--drop-path",
+            "0",
+            "--no-model-ema",
+        )
+        == 0
+    )
 
 
 def test_distillation_with_and_without_a_token(tmp_path):
     teacher = ["--teacher-model", "kat_micro_patch8_32", "--teacher-path", tmp_path / "teacher" / "checkpoint.pth"]
     plain = [f for f in SMALL if f not in ("depth=2", "embed_dim=32", "num_heads=2", "--model-kwargs")]
     assert call(*plain, "--epochs", "1", "--output-dir", tmp_path / "teacher") == 0
-    for kind, model in (("soft", "kat_micro_distilled_patch8_32"), ("hard", "kat_micro_distilled_patch8_32"), ("soft", "kat_micro_patch8_32")):
+    for kind, model in (
+        ("soft", "kat_micro_distilled_patch8_32"),
+        ("hard", "kat_micro_distilled_patch8_32"),
+        ("soft", "kat_micro_patch8_32"),
+    ):
         assert call(*SMALL, "--model", model, "--epochs", "1", "--distillation-type", kind, *teacher) == 0
 
 
@@ -227,8 +389,21 @@ def test_distillation_with_and_without_a_token(tmp_path):
 def test_nan_loss_stops_every_process_and_keeps_the_last_good_checkpoint(tmp_path, count, capfd):
     assert call(*SMALL, "--epochs", "1", "--no-repeated-aug", "--output-dir", tmp_path) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    bad = [*SMALL, "--no-repeated-aug", "--resume", tmp_path / "checkpoint.pth", "--output-dir", tmp_path, "--epochs", "3", "--lr", "1e38",
-           "--unscale-lr", "--clip-grad", "1e38"]
+    bad = [
+        *SMALL,
+        "--no-repeated-aug",
+        "--resume",
+        tmp_path / "checkpoint.pth",
+        "--output-dir",
+        tmp_path,
+        "--epochs",
+        "3",
+        "--lr",
+        "1e38",
+        "--unscale-lr",
+        "--clip-grad",
+        "1e38",
+    ]
     capfd.readouterr()
     if count == 1:
         assert call(*bad) == 1
@@ -238,7 +413,9 @@ def test_nan_loss_stops_every_process_and_keeps_the_last_good_checkpoint(tmp_pat
         assert result.returncode != 0
         error = result.stderr
     for rank in range(count):
-        assert re.search(rf"stopped \(process {rank}\): the loss is not finite in epoch 2: rank 0 at step \d+", error), error
+        assert re.search(
+            rf"stopped \(process {rank}\): the loss is not finite in epoch 2: rank 0 at step \d+", error
+        ), error
     assert (tmp_path / "checkpoint.pth").read_bytes() == before and len(log(tmp_path)) == 1
 
 
@@ -255,27 +432,61 @@ def test_fewer_images_than_processes(tmp_path):
     result = processes(3, *few, "--mixup", "0", "--cutmix", "0")
     assert result.returncode == 0 and "(2 images)" in result.stdout, result.stderr
     result = processes(3, *few)
-    assert result.returncode != 0 and "too few for mixup and cutmix" in result.stderr and "ZeroDivisionError" not in result.stderr
+    assert (
+        result.returncode != 0
+        and "too few for mixup and cutmix" in result.stderr
+        and "ZeroDivisionError" not in result.stderr
+    )
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--eval"], "--eval needs --resume"), (["--resume", "auto"], "needs --output-dir"), (["--run-id", "x"], "needs --run-name"),
-    (["--model", "kat_tinny_patch16_224"], "near it: .*kat_tiny_patch16_224"), (["--opt", "adamx"], "unknown optimizer 'adamx'; near it: .*adam"),
-    (["--batch-size", "3"], "even --batch-size"), (["--distillation-type", "soft"], "needs --teacher-path"),
-    (["--distillation-type", "soft", "--teacher-path", "x.pth", "--data-path", "/nonexistent"], "--teacher-path: there is no checkpoint x.pth"),
-    (["--model", "kat_tiny_patch16_224", "--input-size", "1000000000"], "cannot build kat_tiny_patch16_224: a tensor of [\\d,]+ GiB does not fit into memory"),
-    (["--teacher-path", "x.pth"], "needs --distillation-type"), (["--distillation-tau", "0"], "tau must be positive"), (["--clip-mode", "agc"], "needs --clip-grad"),
-    (["--compile", "--compile-mode", "reduce-overhead", "--grad-accum-steps", "2"], "overwrites them: leave it out"),
-    (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"), (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-    (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"), (["--epochs", "-1"], "--epochs must be at least 0"),
-    (["--device", "gpu"], "no device"), (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
-    (["--model-kwargs", "depth", "--device", "cpu"], "KEY=VALUE"), (["--model-kwargs", "num_heads=0"], "cannot build"), (["--lr", "nan"], "--lr must be"),
-    (["--model", "vit_micro_patch8_32", "--model-kwargs", "norm_layer=foo"], "unknown 'foo'"), (["nowhere", "--data-set", "DIGITS"], "nowhere does not exist"),
-    (["--attn-lr", "inf", "--model", "vit_micro_patch8_32_karat"], "must be finite"),
-    (["--model", "kat_micro_patch8_32", "--input-size", "1"], "cannot build"), (["--drop-path", "2"], "between 0 and 1"), (["--std", "0", "0", "0"], "--std"),
-    (["--eval", "--resume", "auto", "--output-dir", "/nonexistent"], "finds no checkpoint"), (["--opt-betas", "0.9", "--epochs", "1", *SMALL[2:]], "--opt adamw"),
-    (["--resume", "missing.pth"], "there is no checkpoint missing.pth"), (["--model-kwargs", "widht=3", "--device", "cpu"], "cannot build .*widht"),
-    (["--data-set", "IMNET", "--data-path", "/nonexistent"], "/nonexistent"), (["--resume", __file__], "not a checkpoint")])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--eval"], "--eval needs --resume"),
+        (["--resume", "auto"], "needs --output-dir"),
+        (["--run-id", "x"], "needs --run-name"),
+        (["--model", "kat_tinny_patch16_224"], "near it: .*kat_tiny_patch16_224"),
+        (["--opt", "adamx"], "unknown optimizer 'adamx'; near it: .*adam"),
+        (["--batch-size", "3"], "even --batch-size"),
+        (["--distillation-type", "soft"], "needs --teacher-path"),
+        (
+            ["--distillation-type", "soft", "--teacher-path", "x.pth", "--data-path", "/nonexistent"],
+            "--teacher-path: there is no checkpoint x.pth",
+        ),
+        (
+            ["--model", "kat_tiny_patch16_224", "--input-size", "1000000000"],
+            "cannot build kat_tiny_patch16_224: a tensor of [\\d,]+ GiB does not fit into memory",
+        ),
+        (["--teacher-path", "x.pth"], "needs --distillation-type"),
+        (["--distillation-tau", "0"], "tau must be positive"),
+        (["--clip-mode", "agc"], "needs --clip-grad"),
+        (
+            ["--compile", "--compile-mode", "reduce-overhead", "--grad-accum-steps", "2"],
+            "overwrites them: leave it out",
+        ),
+        (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"),
+        (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+        (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"),
+        (["--epochs", "-1"], "--epochs must be at least 0"),
+        (["--device", "gpu"], "no device"),
+        (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
+        (["--model-kwargs", "depth", "--device", "cpu"], "KEY=VALUE"),
+        (["--model-kwargs", "num_heads=0"], "cannot build"),
+        (["--lr", "nan"], "--lr must be"),
+        (["--model", "vit_micro_patch8_32", "--model-kwargs", "norm_layer=foo"], "unknown 'foo'"),
+        (["nowhere", "--data-set", "DIGITS"], "nowhere does not exist"),
+        (["--attn-lr", "inf", "--model", "vit_micro_patch8_32_karat"], "must be finite"),
+        (["--model", "kat_micro_patch8_32", "--input-size", "1"], "cannot build"),
+        (["--drop-path", "2"], "between 0 and 1"),
+        (["--std", "0", "0", "0"], "--std"),
+        (["--eval", "--resume", "auto", "--output-dir", "/nonexistent"], "finds no checkpoint"),
+        (["--opt-betas", "0.9", "--epochs", "1", *SMALL[2:]], "--opt adamw"),
+        (["--resume", "missing.pth"], "there is no checkpoint missing.pth"),
+        (["--model-kwargs", "widht=3", "--device", "cpu"], "cannot build .*widht"),
+        (["--data-set", "IMNET", "--data-path", "/nonexistent"], "/nonexistent"),
+        (["--resume", __file__], "not a checkpoint"),
+    ],
+)
 def test_wrong_flags_get_a_sentence_and_exit_2(flags, sentence, capfd):
     assert call(*flags) == 2
     error = capfd.readouterr().err
@@ -294,19 +505,38 @@ def test_wrong_spelling_is_answered_with_the_right_one(capfd):
 def test_both_spellings_defaults_and_read_only_arguments():
     a, _ = parse(["--data_set", "CIFAR10", "--weight_decay=0.1", "--model_kwargs", "num_groups=4"], lambda args: None)
     assert (a.data_set, a.weight_decay, a.model_kwargs) == ("CIFAR10", 0.1, {"num_groups": 4})
-    assert (a.batch_size, a.epochs, a.opt, a.sched, a.lr, a.output_dir, a.device) == (64, 100, "adamw", "cosine", 5e-4, "", "cuda")
+    assert (a.batch_size, a.epochs, a.opt, a.sched, a.lr, a.output_dir, a.device) == (
+        64,
+        100,
+        "adamw",
+        "cosine",
+        5e-4,
+        "",
+        "cuda",
+    )
     with pytest.raises(AttributeError, match="read-only"):
         a.lr = 1
-    sizes = [parse(["--model", name], lambda args: None)[0].input_size for name in ("kat_micro_patch8_32", "kat_tiny_patch16_224", "vit_base_patch16_384")]
+    sizes = [
+        parse(["--model", name], lambda args: None)[0].input_size
+        for name in ("kat_micro_patch8_32", "kat_tiny_patch16_224", "vit_base_patch16_384")
+    ]
     assert sizes == [32, 224, 384]
     with pytest.raises(SystemExit) as caught:
         get_args_parser().parse_args(["--help"])
     assert caught.value.code == 0
 
 
-@pytest.mark.parametrize(("device", "size", "flags", "mode"), [
-    ("cuda", 1, [], "reduce-overhead"), ("cuda", 1, ["--grad-accum-steps", "2"], "default"), ("cuda", 2, [], "default"), ("cpu", 1, [], "default"),
-    ("cuda", 1, ["--compile-mode", "default"], "default"), ("cuda", 2, ["--compile-mode", "max-autotune"], "max-autotune")])
+@pytest.mark.parametrize(
+    ("device", "size", "flags", "mode"),
+    [
+        ("cuda", 1, [], "reduce-overhead"),
+        ("cuda", 1, ["--grad-accum-steps", "2"], "default"),
+        ("cuda", 2, [], "default"),
+        ("cpu", 1, [], "default"),
+        ("cuda", 1, ["--compile-mode", "default"], "default"),
+        ("cuda", 2, ["--compile-mode", "max-autotune"], "max-autotune"),
+    ],
+)
 def test_compile_mode(device, size, flags, mode):
     args, _ = parse(["--data-set", "DIGITS", "--compile", *flags], lambda args: None)
     assert main.compile_mode(args, main.World(0, size, torch.device(device))) == mode
@@ -315,7 +545,10 @@ def test_compile_mode(device, size, flags, mode):
 def test_learning_rate_line(capfd):
     flags = [*SMALL, "--train-subset", "64", "--epochs", "0", "--batch-size", "32", "--grad-accum-steps", "4"]
     call(*flags, "--lr", "1e-3")
-    assert "learning rate 0.00025 (base 0.001 x 128 / 512; global batch 128 = 32 images x 1 processes x 4 accumulated)" in capfd.readouterr().out
+    assert (
+        "learning rate 0.00025 (base 0.001 x 128 / 512; global batch 128 = 32 images x 1 processes x 4 accumulated)"
+        in capfd.readouterr().out
+    )
     call(*flags, "--lr", "1e-3", "--unscale-lr")
     assert "learning rate 0.001 (not scaled; global batch 128" in capfd.readouterr().out
 
@@ -326,7 +559,10 @@ def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert call(*SMALL, "--train-subset", "64", "--epochs", "1", "--output-dir", tmp_path / "run", "--run-name", "test") == 0
+    assert (
+        call(*SMALL, "--train-subset", "64", "--epochs", "1", "--output-dir", tmp_path / "run", "--run-name", "test")
+        == 0
+    )
     assert "logging offline" in capfd.readouterr().out
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
@@ -334,7 +570,19 @@ def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capfd):
 def test_other_model_or_optimizer_in_the_checkpoint(tmp_path, capfd):
     assert call(*SMALL, "--epochs", "1", "--output-dir", tmp_path) == 0
     capfd.readouterr()
-    assert call("--resume", tmp_path / "checkpoint.pth", "--model", "vit_micro_patch8_32", "--device", "cpu", "--epochs", "2") == 2
+    assert (
+        call(
+            "--resume",
+            tmp_path / "checkpoint.pth",
+            "--model",
+            "vit_micro_patch8_32",
+            "--device",
+            "cpu",
+            "--epochs",
+            "2",
+        )
+        == 2
+    )
     assert "the checkpoint is of kat_micro_patch8_32, not vit_micro_patch8_32: drop --model" in capfd.readouterr().err
     shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "cut.pth")
     os.truncate(tmp_path / "cut.pth", 10_000)

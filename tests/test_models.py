@@ -9,9 +9,15 @@ from models.kat import GRKANMlp, variance_gain
 from oracle import rational_oracle
 
 OURS = sorted(n for n in timm.list_models("*kat_*") + timm.list_models("vit_micro*"))
-PARAMETERS = {"kat_tiny_patch16_224": 5_718_328, "kat_small_patch16_224": 22_051_576, "kat_base_patch16_224": 86_568_568,
-              "flash_kat_tiny_swish_patch16_224": 5_718_328, "kat_tiny_gelu_patch16_224": 5_718_328,
-              "kat_micro_patch4_32": 272_728, "vit_tiny_patch16_224": 5_717_416}
+PARAMETERS = {
+    "kat_tiny_patch16_224": 5_718_328,
+    "kat_small_patch16_224": 22_051_576,
+    "kat_base_patch16_224": 86_568_568,
+    "flash_kat_tiny_swish_patch16_224": 5_718_328,
+    "kat_tiny_gelu_patch16_224": 5_718_328,
+    "kat_micro_patch4_32": 272_728,
+    "vit_tiny_patch16_224": 5_717_416,
+}
 
 
 def micro(name="kat_micro_patch8_32", **kwargs):
@@ -23,7 +29,12 @@ def test_every_documented_name_exists():
         for act in ("", "_gelu", "_swish"):
             for family in ("kat", "flash_kat"):
                 assert f"{family}_{size}{act}_patch16_224" in OURS
-    assert {"kat_micro_patch4_32", "kat_micro_patch8_32", "vit_micro_patch4_32", "kat_tiny_distilled_patch16_224"} <= set(OURS)
+    assert {
+        "kat_micro_patch4_32",
+        "kat_micro_patch8_32",
+        "vit_micro_patch4_32",
+        "kat_tiny_distilled_patch16_224",
+    } <= set(OURS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -35,13 +46,34 @@ def test_parameter_counts(name):
 
 def published_names():
     """The 200 tensors of the published KAT-T: timm's ViT and four rational tensors a block."""
-    block = {"norm1.weight": (192,), "norm1.bias": (192,), "attn.qkv.weight": (576, 192), "attn.qkv.bias": (576,),
-             "attn.proj.weight": (192, 192), "attn.proj.bias": (192,), "norm2.weight": (192,), "norm2.bias": (192,),
-             "mlp.fc1.weight": (768, 192), "mlp.fc1.bias": (768,), "mlp.fc2.weight": (192, 768), "mlp.fc2.bias": (192,),
-             "mlp.act1.weight_numerator": (1, 6), "mlp.act1.weight_denominator": (8, 4),
-             "mlp.act2.weight_numerator": (1, 6), "mlp.act2.weight_denominator": (8, 4)}
-    rest = {"cls_token": (1, 1, 192), "pos_embed": (1, 197, 192), "patch_embed.proj.weight": (192, 3, 16, 16),
-            "patch_embed.proj.bias": (192,), "norm.weight": (192,), "norm.bias": (192,), "head.weight": (1000, 192), "head.bias": (1000,)}
+    block = {
+        "norm1.weight": (192,),
+        "norm1.bias": (192,),
+        "attn.qkv.weight": (576, 192),
+        "attn.qkv.bias": (576,),
+        "attn.proj.weight": (192, 192),
+        "attn.proj.bias": (192,),
+        "norm2.weight": (192,),
+        "norm2.bias": (192,),
+        "mlp.fc1.weight": (768, 192),
+        "mlp.fc1.bias": (768,),
+        "mlp.fc2.weight": (192, 768),
+        "mlp.fc2.bias": (192,),
+        "mlp.act1.weight_numerator": (1, 6),
+        "mlp.act1.weight_denominator": (8, 4),
+        "mlp.act2.weight_numerator": (1, 6),
+        "mlp.act2.weight_denominator": (8, 4),
+    }
+    rest = {
+        "cls_token": (1, 1, 192),
+        "pos_embed": (1, 197, 192),
+        "patch_embed.proj.weight": (192, 3, 16, 16),
+        "patch_embed.proj.bias": (192,),
+        "norm.weight": (192,),
+        "norm.bias": (192,),
+        "head.weight": (1000, 192),
+        "head.bias": (1000,),
+    }
     return rest | {f"blocks.{i}.{k}": v for i in range(12) for k, v in block.items()}
 
 
@@ -84,7 +116,9 @@ def test_model_is_the_formula_on_timm_s_vit():
 
         def forward(self, x):
             for act, fc in ((self.mlp.act1, self.mlp.fc1), (self.mlp.act2, self.mlp.fc2)):
-                x = fc(rational_oracle(x.double(), act.weight_numerator.double(), act.weight_denominator.double()).float())
+                x = fc(
+                    rational_oracle(x.double(), act.weight_numerator.double(), act.weight_denominator.double()).float()
+                )
             return x
 
     for own, reference in zip(kat.blocks, vit.blocks):
@@ -96,7 +130,9 @@ def test_model_is_the_formula_on_timm_s_vit():
 
 def test_flash_kat_options_and_weights_of_kat():
     kat = micro()
-    flash = timm.create_model("flash_kat_micro_swish_patch8_32", num_classes=10, m=6, n=4, num_groups=1, den_groups=8).eval()
+    flash = timm.create_model(
+        "flash_kat_micro_swish_patch8_32", num_classes=10, m=6, n=4, num_groups=1, den_groups=8
+    ).eval()
     flash.load_state_dict(kat.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(flash(images), kat.eval()(images))
@@ -132,7 +168,9 @@ def test_timm_features_keep_working():
 def test_pretrained_loads_a_file_through_timm(tmp_path):
     source = micro(num_classes=1000)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    loaded = timm.create_model("kat_micro_patch8_32", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")})
+    loaded = timm.create_model(
+        "kat_micro_patch8_32", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")}
+    )
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
@@ -144,7 +182,10 @@ def test_distilled_model_has_two_heads_in_training():
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("preset, gain", [("identity", 1.0), ("swish", 2.8178), ("relu", 2.0), ("gelu", 2.3568), ("geglu", 0.7112), ("swishglu", 0.8434)])
+@pytest.mark.parametrize(
+    "preset, gain",
+    [("identity", 1.0), ("swish", 2.8178), ("relu", 2.0), ("gelu", 2.3568), ("geglu", 0.7112), ("swishglu", 0.8434)],
+)
 def test_variance_gain(preset, gain):
     assert variance_gain(GroupRational(mode=preset)) == pytest.approx(gain, rel=0.03 if preset == "relu" else 0.01)
 
@@ -154,12 +195,14 @@ def test_initialisations():
     paper = timm.create_model("kat_tiny_patch16_224", weight_init="variance_preserving")
     for model, std1, std2 in ((released, 0.02, 0.02), (paper, 0.0722, 0.0606)):
         mlp = model.blocks[5].mlp
-        assert mlp.fc1.weight.std().item() == pytest.approx(std1, rel=0.02) and mlp.fc2.weight.std().item() == pytest.approx(std2, rel=0.02)
+        assert mlp.fc1.weight.std().item() == pytest.approx(
+            std1, rel=0.02
+        ) and mlp.fc2.weight.std().item() == pytest.approx(std2, rel=0.02)
         assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
     attn = paper.blocks[3].attn
     value_proj = attn.proj.weight @ attn.qkv.weight[384:]
     assert value_proj.diagonal().mean().item() == pytest.approx(-0.4, abs=0.02)
-    assert (value_proj - value_proj.diagonal().diag()).std().item() == pytest.approx(0.4 / 192 ** 0.5, rel=0.05)
+    assert (value_proj - value_proj.diagonal().diag()).std().item() == pytest.approx(0.4 / 192**0.5, rel=0.05)
     query, key = attn.qkv.weight[:64], attn.qkv.weight[192:256]
     assert (query.T @ key).diagonal().mean() > 0.2  # the best rank-64 part of 0.7 Z + 0.7 I
     with pytest.raises(ValueError, match="unknown weight_init 'kaiming'.*released"):
@@ -167,7 +210,7 @@ def test_initialisations():
 
 
 def test_nothing_of_torch_is_replaced():
-    assert torch.nn.init.calculate_gain("relu") == 2 ** 0.5
+    assert torch.nn.init.calculate_gain("relu") == 2**0.5
     with pytest.raises(ValueError):
         torch.nn.init.calculate_gain("swish")
 

@@ -1,4 +1,5 @@
 """tools/plot_basis.py: every basis has a panel, and the picture is written."""
+
 import sys
 from pathlib import Path
 
@@ -29,15 +30,24 @@ def test_picture_has_a_panel_for_every_basis_and_wavelet(tmp_path, monkeypatch):
 
 def test_curves_follow_the_seed_and_the_init():
     basis, x, state = FourierBasis(2), torch.linspace(-1, 1, 5, dtype=torch.float64), torch.get_rng_state()
-    published, again, other, scaled = (plot_basis.curves(basis, init, 3, seed, 8, x) for init, seed in (
-        ("published", 0), ("published", 0), ("published", 1), ("scaled", 0)))
+    published, again, other, scaled = (
+        plot_basis.curves(basis, init, 3, seed, 8, x)
+        for init, seed in (("published", 0), ("published", 0), ("published", 1), ("scaled", 0))
+    )
     assert published.shape == (3, 5) and torch.equal(published, again) and not torch.equal(published, other)
     torch.testing.assert_close(scaled, published / 4)  # sqrt(G fan_in)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("arguments, message", [(["--draws", "0"], "at least 1"), (["--range", "2", "1"], "increasing"),
-                                                (["--out", "none/b.png"], "none/b.png"), (["--out", "b.doc"], "b.doc")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--draws", "0"], "at least 1"),
+        (["--range", "2", "1"], "increasing"),
+        (["--out", "none/b.png"], "none/b.png"),
+        (["--out", "b.doc"], "b.doc"),
+    ],
+)
 def test_wrong_arguments_get_a_sentence(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot_basis, "panels", lambda: {"fourier": FourierBasis()})

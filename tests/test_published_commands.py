@@ -1,4 +1,5 @@
 """The commands printed in the READMEs and scripts of KAT, FlashKAT and DeiT, as they are there but for path, epochs and batch."""
+
 import functools
 import http.server
 import json
@@ -25,28 +26,33 @@ RECIPE = r""" \
     -b 128 --opt adamw --lr 1e-3 --weight-decay 0.05 --epochs 300 --mixup 0.8 --cutmix 1.0 --sched cosine --smoothing 0.1 --drop-path 0.1 \
     --aa rand-m9-mstd0.5 --remode pixel --reprob 0.25 --amp --crop-pct 0.875 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 \
     --model-ema --model-ema-decay 0.9999 --output output/kat_tiny_swish_patch16_224 """
-NPZ = "./checkpoints/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz"
+NPZ = (
+    "./checkpoints/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz"
+)
 KAT_FILE = "kat_tiny_patch16_224_1f3ad3b2e69821f3d412f2924cf159a0e266f142d739cb68f68f796f5a0fe289.pth"
 DEIT_FILE = "deit_tiny_patch16_224-a1311bcf.pth"
 COMMANDS = {
     "KAT": "bash ./dist_train.sh 8 $DATA_PATH --model kat_tiny_swish_patch16_224" + RECIPE + "--log-wandb",
     "KAT from ViT": f"bash ./dist_train.sh 8 $DATA_PATH --model kat_tiny_swish_patch16_224{RECIPE}--initial-checkpoint {NPZ} --log-wandb",
     "KAT from ViT, as for the small model": f"bash ./dist_train.sh 8 $DATA_PATH --model kat_tiny_swish_patch16_224{RECIPE}--pretrained-path {NPZ} "
-                                            "--pretrained --log-wandb",
-    "FlashKAT": "bash ./dist_train.sh 8 $DATA_PATH --model flash_kat_tiny_swish_patch16_224" + RECIPE
-                + "--model-kwargs m=6 n=4 num_groups=1 den_groups=8 --log-wandb",
+    "--pretrained --log-wandb",
+    "FlashKAT": "bash ./dist_train.sh 8 $DATA_PATH --model flash_kat_tiny_swish_patch16_224"
+    + RECIPE
+    + "--model-kwargs m=6 n=4 num_groups=1 den_groups=8 --log-wandb",
     "KAT evaluation": f"python validate.py $DATA_PATH --model kat_tiny_patch16_224 --checkpoint {KAT_FILE} -b 512",
     "DeiT evaluation": f"python main.py --eval --resume https://dl.fbaipublicfiles.com/deit/{DEIT_FILE} --model deit_tiny_patch16_224 "
-                       "--data-path /path/to/imagenet",
+    "--data-path /path/to/imagenet",
     "DeiT evaluation without --model": f"python main.py --eval --resume https://dl.fbaipublicfiles.com/deit/{DEIT_FILE} --data-path /path/to/imagenet",
     "DeiT": "python -m torch.distributed.launch --nproc_per_node=4 --use_env main.py --model deit_tiny_patch16_224 --batch-size 256 "
-            "--data-path /path/to/imagenet --output_dir /path/to/save",
+    "--data-path /path/to/imagenet --output_dir /path/to/save",
     "DeiT at 384": f"python main.py --model deit_tiny_patch16_224 --batch-size 32 --finetune https://dl.fbaipublicfiles.com/deit/{DEIT_FILE} "
-                   "--input-size 384 --lr 5e-6 --weight-decay 1e-8 --epochs 30 --min-lr 5e-6 --data-path /path/to/imagenet"}
+    "--input-size 384 --lr 5e-6 --weight-decay 1e-8 --epochs 30 --min-lr 5e-6 --data-path /path/to/imagenet",
+}
 COMMANDS["DeiT III"] = (
     "python run_with_submitit.py --model deit_small_patch16_LS --data-path /path/to/imagenet --batch-size 256 --lr 4e-3 --epochs 800 --weight-decay 0.05 "
     "--sched cosine --input-size 224 --reprob 0.0 --smoothing 0.0 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 --seed 0 --opt fusedlamb --warmup-lr 1e-6 "
-    "--mixup .8 --drop-path 0.05 --cutmix 1.0 --unscale-lr --repeated-aug --bce-loss --color-jitter 0.3 --ThreeAugment")
+    "--mixup .8 --drop-path 0.05 --cutmix 1.0 --unscale-lr --repeated-aug --bce-loss --color-jitter 0.3 --ThreeAugment"
+)
 SLOW = {"DeiT III", "KAT from ViT, as for the small model", "DeiT evaluation", "DeiT at 384"}
 
 
@@ -82,14 +88,25 @@ def place(tmp_path_factory):
 
 def adapted(command: str, folder: Path, server: str) -> str:
     """Other paths, epochs and batch; a URL of files that do not exist here, without the checksum of the real ones."""
-    for old, new in (("$DATA_PATH", str(folder / "imagenet")), ("/path/to/imagenet", str(folder / "imagenet")), ("/path/to/save", str(folder / "save")),
-                     ("https://dl.fbaipublicfiles.com/deit/" + DEIT_FILE, f"{server}/{DEIT_FILE.replace('-a1311bcf', '-local')}"),
-                     ("\\\n", " "), ("--epochs 300", "--epochs 1"), ("--epochs 800", "--epochs 1"), ("--epochs 30 ", "--epochs 1 ")):
+    for old, new in (
+        ("$DATA_PATH", str(folder / "imagenet")),
+        ("/path/to/imagenet", str(folder / "imagenet")),
+        ("/path/to/save", str(folder / "save")),
+        ("https://dl.fbaipublicfiles.com/deit/" + DEIT_FILE, f"{server}/{DEIT_FILE.replace('-a1311bcf', '-local')}"),
+        ("\\\n", " "),
+        ("--epochs 300", "--epochs 1"),
+        ("--epochs 800", "--epochs 1"),
+        ("--epochs 30 ", "--epochs 1 "),
+    ):
         command = command.replace(old, new)
-    return re.sub(r"(-b|--batch-size) \d+", r"\1 2", command) + ("" if "--eval" in command or "validate" in command or "--epochs" in command else " --epochs 1")
+    return re.sub(r"(-b|--batch-size) \d+", r"\1 2", command) + (
+        "" if "--eval" in command or "validate" in command or "--epochs" in command else " --epochs 1"
+    )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS]
+)
 def test_published_command(name, place, monkeypatch, capfd):
     """In this process, so without its launcher."""
     folder, server = place
@@ -103,12 +120,31 @@ def test_published_command(name, place, monkeypatch, capfd):
         result = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         values = json.loads(result.stdout.split("--result\n")[1])
-        assert list(values) == ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
-        assert (values["model"], values["top1"], values["top1_err"], values["param_count"]) == ("kat_tiny_patch16_224", 50.0, 50.0, 5.72)
-        assert (values["img_size"], values["crop_pct"], values["interpolation"]) == (224, 0.875, "bicubic") and "amp off" in result.stdout
+        assert list(values) == [
+            "model",
+            "top1",
+            "top1_err",
+            "top5",
+            "top5_err",
+            "param_count",
+            "img_size",
+            "crop_pct",
+            "interpolation",
+        ]
+        assert (values["model"], values["top1"], values["top1_err"], values["param_count"]) == (
+            "kat_tiny_patch16_224",
+            50.0,
+            50.0,
+            5.72,
+        )
+        assert (values["img_size"], values["crop_pct"], values["interpolation"]) == (
+            224,
+            0.875,
+            "bicubic",
+        ) and "amp off" in result.stdout
         return
     first = next(i for i, word in enumerate(command) if word in ("main.py", "run_with_submitit.py", "8"))
-    assert main.main(command[first + 1:]) == 0
+    assert main.main(command[first + 1 :]) == 0
     output = capfd.readouterr().out
     if name.startswith(("KAT", "FlashKAT")):
         assert "learning rate 0.001 (not scaled, as in timm's and KAT's scripts" in output and "amp bf16" in output
@@ -125,7 +161,14 @@ def test_published_command_in_a_shell(name, place, monkeypatch):
     """With its launcher and all its processes."""
     folder, server = place
     command = adapted(COMMANDS[name], folder, server)
-    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=580)
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=580
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "global batch 16 = 2 images x 8 processes" in result.stdout or "KAT" not in name or "evaluation" in name

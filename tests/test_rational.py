@@ -14,8 +14,11 @@ NAMES = ("output", "grad x", "grad numerator", "grad denominator")
 
 def inputs(shape, rows=(1, 8), degrees=(5, 4), dtype=torch.float64, x_dtype=None):
     x = (2 * torch.randn(shape, dtype=torch.float64)).to(x_dtype or dtype)
-    return (x.requires_grad_(), (0.5 * torch.randn(rows[0], degrees[0] + 1, dtype=dtype)).requires_grad_(),
-            (0.5 * torch.randn(rows[1], degrees[1], dtype=dtype)).requires_grad_())
+    return (
+        x.requires_grad_(),
+        (0.5 * torch.randn(rows[0], degrees[0] + 1, dtype=dtype)).requires_grad_(),
+        (0.5 * torch.randn(rows[1], degrees[1], dtype=dtype)).requires_grad_(),
+    )
 
 
 def results(fn, x, a, b, grad):
@@ -36,7 +39,9 @@ def test_agrees_with_oracle(rows, degrees):
     x, a, b = inputs((3, 5, 24), rows, degrees)
     grad = torch.randn_like(x)
     # the oracle wants one group count to divide the other: both are repeated to one row per channel for it
-    oracle = lambda x, a, b: rational_oracle(x, a.repeat_interleave(24 // rows[0], 0), b.repeat_interleave(24 // rows[1], 0))
+    oracle = lambda x, a, b: rational_oracle(
+        x, a.repeat_interleave(24 // rows[0], 0), b.repeat_interleave(24 // rows[1], 0)
+    )
     assert_same(results(rational, x, a, b, grad), results(oracle, x, a, b, grad), 1e-12)
 
 
@@ -47,7 +52,9 @@ def test_gradcheck(rows, dim):
     assert torch.autograd.gradcheck(lambda x, a, b: rational(x, a, b, dim), (x, a, b))
 
 
-@pytest.mark.parametrize("shape", [(0, 16), (1, 16), (16,), (7, 3, 16), (131072 + 16, 1), (CHUNK // 16 * 2 + 3, 16), (2, 0, 16)])
+@pytest.mark.parametrize(
+    "shape", [(0, 16), (1, 16), (16,), (7, 3, 16), (131072 + 16, 1), (CHUNK // 16 * 2 + 3, 16), (2, 0, 16)]
+)
 def test_sizes(shape):
     rows = (1, 1) if shape[-1] == 1 else (1, 8)
     x, a, b = inputs(shape, rows, dtype=torch.float32)
@@ -62,8 +69,12 @@ def test_sizes(shape):
 def test_any_strides_and_gradients(view):
     x, a, b = inputs((6, 8, 16), dtype=torch.float64)
     base = torch.randn(12, 8, 32, dtype=torch.float64)
-    x = {"slice": base[::2, :, 5:21], "transpose": torch.randn(8, 6, 16, dtype=torch.float64).transpose(0, 1),
-         "expanded": base[:1, :, :16].expand(6, 8, 16), "permuted": torch.randn(16, 6, 8, dtype=torch.float64).permute(1, 2, 0)}[view]
+    x = {
+        "slice": base[::2, :, 5:21],
+        "transpose": torch.randn(8, 6, 16, dtype=torch.float64).transpose(0, 1),
+        "expanded": base[:1, :, :16].expand(6, 8, 16),
+        "permuted": torch.randn(16, 6, 8, dtype=torch.float64).permute(1, 2, 0),
+    }[view]
     x = x.detach().requires_grad_()
     grad = torch.randn(16, dtype=torch.float64).expand(6, 8, 16)  # stride 0
     assert not (x.is_contiguous() and grad.is_contiguous())
@@ -87,11 +98,11 @@ def test_odd_powers_for_negative_x_and_gradient_at_zero_denominator():
     # P = 0.5 + 2 + 8, Q = 1 + 3*2 + 0.25*4, by hand
     assert rational(x, a, b).item() == pytest.approx(10.5 / 8, rel=1e-14)
     zero = torch.zeros(1, 4, requires_grad=True)
-    rational(torch.randn(64, 1), torch.tensor([[0., 1, 0, 0, 0, 0]]), zero).square().sum().backward()
+    rational(torch.randn(64, 1), torch.tensor([[0.0, 1, 0, 0, 0, 0]]), zero).square().sum().backward()
     assert (zero.grad.abs() > 0).all()
     for zero in (0.0, -0.0):
         at_zero = torch.full((1, 1), zero, requires_grad=True)  # R/Q - S P/Q^2 with S = +|b_1|: 2 - 4 * 3
-        rational(at_zero, torch.tensor([[3., 2.]]), torch.tensor([[-4.]])).backward()
+        rational(at_zero, torch.tensor([[3.0, 2.0]]), torch.tensor([[-4.0]])).backward()
         assert at_zero.grad.item() == -10
 
 
@@ -163,7 +174,9 @@ def test_wrong_input_gets_a_sentence():
 def test_module_starts_from_its_preset(degrees):
     layer = GroupRational(num_groups=4, mode="swish", degrees=degrees).double()
     assert {k: tuple(v.shape) for k, v in layer.named_parameters()} == {
-        "weight_numerator": (1, degrees[0] + 1), "weight_denominator": (4, degrees[1])}
+        "weight_numerator": (1, degrees[0] + 1),
+        "weight_denominator": (4, degrees[1]),
+    }
     x = torch.linspace(-3, 3, 4001, dtype=torch.float64)
     error = (layer(x[:, None].expand(-1, 8)) - torch.nn.functional.silu(x)[:, None]).abs().max()
     assert error < (2e-6 if degrees >= (5, 4) else 2e-2)
@@ -209,7 +222,9 @@ def test_compiled_agrees_exports_and_both_are_fast():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
+)
 def test_on_cuda(dtype, tolerance):
     x, a, b = inputs((3, 130, 96), dtype=torch.float32 if dtype is not torch.float64 else dtype, x_dtype=dtype)
     grad = torch.randn(3, 96, 130).to(dtype).transpose(1, 2)
@@ -228,10 +243,14 @@ def test_shapes_on_the_meta_device():
 def test_onnx_export(name, dynamo, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    layer, x = (GroupRational(8), torch.randn(2, 5, 96)) if name == "layer" else (timm.create_model(name, num_classes=10), torch.randn(2, 3, 32, 32))
+    layer, x = (
+        (GroupRational(8), torch.randn(2, 5, 96))
+        if name == "layer"
+        else (timm.create_model(name, num_classes=10), torch.randn(2, 3, 32, 32))
+    )
     torch.onnx.export(layer.eval(), (x,), str(tmp_path / "layer.onnx"), dynamo=dynamo)
     session = runtime.InferenceSession(str(tmp_path / "layer.onnx"))
-    got, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), layer(x).detach(), rtol=1e-5, atol=2e-6)
 
 
@@ -239,7 +258,10 @@ def test_an_exported_definition_trains_denominators_that_start_at_zero():
     x, layer = torch.randn(4, 96), GroupRational(8, "identity", num_channels=96)
     x[:, ::7] = 0
     program = torch.export.export(layer, (x,), strict=False).module()
-    want, found = (torch.autograd.grad(model(x).square().sum(), [model.weight_numerator, model.weight_denominator]) for model in (layer, program))
+    want, found = (
+        torch.autograd.grad(model(x).square().sum(), [model.weight_numerator, model.weight_denominator])
+        for model in (layer, program)
+    )
     for p, q in zip(want, found):
         torch.testing.assert_close(q, p)
     assert want[1].abs().min() > 0
@@ -248,6 +270,6 @@ def test_an_exported_definition_trains_denominators_that_start_at_zero():
 def test_several_gradients_at_once():
     x = torch.randn(4, 96, requires_grad=True)
     y, directions = GroupRational(8, num_channels=96)(x), torch.randn(3, 4, 96)
-    batch, = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    (batch,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
     for own, direction in zip(batch, directions):
         torch.testing.assert_close(own, torch.autograd.grad(y, x, direction, retain_graph=True)[0])

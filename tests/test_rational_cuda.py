@@ -1,4 +1,5 @@
 """The CUDA kernels of the rational function: compiled and their arithmetic run on the host everywhere, the rest on a GPU."""
+
 import ctypes
 import importlib.util
 import math
@@ -20,10 +21,21 @@ from tests.test_rational import NAMES, results
 definition = importlib.import_module("kan_basis.rational")  # the module, not the function of that name in the package
 gpu = pytest.mark.gpu
 CASES = {  # shape, channel dimension, rows of numerator and denominator
-    "kat": ((64, 197, 768), -1, 1, 8), "shared": ((3, 5, 768), -1, 8, 1), "one": ((2, 3, 64), -1, 1, 1), "channels": ((7, 33, 24), -1, 24, 24),
-    "other rows": ((7, 33, 24), -1, 3, 8), "tail": ((1, 8), -1, 1, 8), "scalar": ((131072 + 16, 1), -1, 1, 1), "odd": ((4, 100, 1000), -1, 1, 8),
-    "many": ((4, 10, 1000), -1, 1000, 1), "images": ((8, 64, 56, 56), 1, 8, 8), "odd images": ((2, 64, 17, 19), 1, 1, 8),
-    "many of images": ((2, 1000, 9, 9), 1, 1, 1000), "segments": ((2, 37, 64, 64), 1, 1, 37), "vector": ((512,), -1, 1, 8)}
+    "kat": ((64, 197, 768), -1, 1, 8),
+    "shared": ((3, 5, 768), -1, 8, 1),
+    "one": ((2, 3, 64), -1, 1, 1),
+    "channels": ((7, 33, 24), -1, 24, 24),
+    "other rows": ((7, 33, 24), -1, 3, 8),
+    "tail": ((1, 8), -1, 1, 8),
+    "scalar": ((131072 + 16, 1), -1, 1, 1),
+    "odd": ((4, 100, 1000), -1, 1, 8),
+    "many": ((4, 10, 1000), -1, 1000, 1),
+    "images": ((8, 64, 56, 56), 1, 8, 8),
+    "odd images": ((2, 64, 17, 19), 1, 1, 8),
+    "many of images": ((2, 1000, 9, 9), 1, 1, 1000),
+    "segments": ((2, 37, 64, 64), 1, 1, 37),
+    "vector": ((512,), -1, 1, 8),
+}
 
 
 def instances() -> list[str]:
@@ -32,8 +44,10 @@ def instances() -> list[str]:
     for kind, (threads, blocks, stages) in kernel.CONFIG.items():
         for name in kernel.TYPES.values():
             for layout in ("true, false", "true, true", "false, false", "false, true"):
-                names += [f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages - (kind == 'backward' and m + n > 11)}>"
-                          for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))]
+                names += [
+                    f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages - (kind == 'backward' and m + n > 11)}>"
+                    for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))
+                ]
     return names
 
 
@@ -45,7 +59,12 @@ def compiled():
     """Future of (log, bytes) for each architecture, two at a time."""
     pytest.importorskip("cupy")
     from cupy.cuda import nvrtc
-    folders = [Path(path, "include") for root in importlib.util.find_spec("nvidia").submodule_search_locations for path in Path(root).iterdir()]
+
+    folders = [
+        Path(path, "include")
+        for root in importlib.util.find_spec("nvidia").submodule_search_locations
+        for path in Path(root).iterdir()
+    ]
     headers = next(folder for folder in folders if (folder / "cuda_bf16.h").exists())
 
     def compile(architecture):
@@ -55,7 +74,9 @@ def compiled():
         for name in instances():
             nvrtc.addNameExpression(program, name)
         try:
-            nvrtc.compileProgram(program, [*launch.OPTIONS, f"-arch=sm_{architecture}", f"-I{headers}", "--ptxas-options=-v"])
+            nvrtc.compileProgram(
+                program, [*launch.OPTIONS, f"-arch=sm_{architecture}", f"-I{headers}", "--ptxas-options=-v"]
+            )
         except nvrtc.NVRTCError:
             return nvrtc.getProgramLog(program), 0
         return nvrtc.getProgramLog(program), len(nvrtc.getCUBIN(program))
@@ -82,15 +103,29 @@ def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
     text = '#include "rational_math.h"\n'
     for m, n in ((5, 4), (8, 8), (3, 2), (0, 1)):
-        text += f'''extern "C" void run_{m}_{n}(int count, const float* g, const float* x, const float* a, const float* b, float* y, float* dx, float* sums) {{
+        text += f"""extern "C" void run_{m}_{n}(int count, const float* g, const float* x, const float* a, const float* b, float* y, float* dx, float* sums) {{
             Coefficients<{m}, {n}> c; c.load(a, b);
             for (int i = 0; i < count; i++) y[i] = rational_forward(dx[i] = x[i], c);
             int i = 0;
             for (; i + 8 <= count; i += 8) rational_backward<8>(g + i, dx + i, c, sums);
-            for (; i < count; i++) rational_backward<1>(g + i, dx + i, c, sums); }}\n'''
+            for (; i < count; i++) rational_backward<1>(g + i, dx + i, c, sums); }}\n"""
     (folder / "host.cpp").write_text(text)
-    subprocess.run([compiler, "-O2", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{launch.FOLDER}", "-shared", "-fPIC", "-o",
-                    str(folder / "host.so"), str(folder / "host.cpp")], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-O2",
+            "-std=c++17",
+            "-ffp-contract=off",
+            "-Wno-unknown-pragmas",
+            f"-I{launch.FOLDER}",
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(folder / "host.so"),
+            str(folder / "host.cpp"),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(folder / "host.so"))
 
 
@@ -99,10 +134,17 @@ def test_arithmetic_on_the_host(host, degrees):
     x = torch.cat([2 * torch.randn(4096), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0])])
     g, a, b = torch.randn_like(x), 0.3 * torch.randn(degrees[0] + 1), 0.3 * torch.randn(degrees[1])
     y, dx, sums = torch.empty_like(x), torch.empty_like(x), torch.zeros(sum(degrees) + 1)
-    getattr(host, "run_{}_{}".format(*degrees))(len(x), *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, a, b, y, dx, sums)))
+    getattr(host, "run_{}_{}".format(*degrees))(
+        len(x), *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, a, b, y, dx, sums))
+    )
     xd, ad, bd = (t.double().requires_grad_() for t in (x[:, None], a[None], b.abs()[None]))
     yd, dxd, da, db = results(rational, xd, ad, bd, g.double()[:, None])
-    for name, got, want in (("y", y, yd[:, 0]), ("dx", dx, dxd[:, 0]), ("da", sums[:degrees[0] + 1], da[0]), ("db", sums[degrees[0] + 1:], db[0])):
+    for name, got, want in (
+        ("y", y, yd[:, 0]),
+        ("dx", dx, dxd[:, 0]),
+        ("da", sums[: degrees[0] + 1], da[0]),
+        ("db", sums[degrees[0] + 1 :], db[0]),
+    ):
         assert (got - want).norm() <= 2e-6 * want.norm(), name
     zero = x == 0  # sign(0) = +1 for 0 and -0
     expected = g[zero] * ((a[1] if degrees[0] else 0.0) - a[0] * b[0].abs())
@@ -110,14 +152,21 @@ def test_arithmetic_on_the_host(host, degrees):
 
 
 def test_plans_cover_every_vector_once():
-    wide = [((64, 31713), 1, 1, 1023), ((64, 961, 25), 1, 1, 961), ((64, 1021, 15), 1, 1021, 1), ((64, 4095), 1, 1, 819), ((1, 3069), 1, 1, 1023),
-            ((1024, 1013, 3), 1, 1, 1013)]
+    wide = [
+        ((64, 31713), 1, 1, 1023),
+        ((64, 961, 25), 1, 1, 961),
+        ((64, 1021, 15), 1, 1021, 1),
+        ((64, 4095), 1, 1, 819),
+        ((1, 3069), 1, 1, 1023),
+        ((1024, 1013, 3), 1, 1, 1013),
+    ]
     for shape, dim, a_rows, b_rows in (*CASES.values(), *wide):
         for size in (2, 4):
             for aligned in (True, False):
                 for kind in ("forward", "backward"):
-                    vectors, segments, grid, rows, outer, groups, length, tile = kernel.plan(kind, shape, dim % len(shape), a_rows, b_rows, size,
-                                                                                             aligned, 132)
+                    vectors, segments, grid, rows, outer, groups, length, tile = kernel.plan(
+                        kind, shape, dim % len(shape), a_rows, b_rows, size, aligned, 132
+                    )
                     threads, period, total = kernel.CONFIG[kind][0], groups * length, outer * groups * length
                     assert rows <= 4096 and rows * groups < 1 << 20  # little to sum up
                     assert outer * groups * length * (16 // size if vectors else 1) == torch.Size(shape).numel()
@@ -126,16 +175,40 @@ def test_plans_cover_every_vector_once():
                     elif tile:  # whole blocks to a row or whole rows to a block
                         span = max(threads, period)
                         assert kind == "forward" and (threads % period == 0 or period % threads == 0)
-                        assert grid % (span // threads) == 0 and 0 <= grid // (span // threads) * tile * span - total < tile * span
+                        assert (
+                            grid % (span // threads) == 0
+                            and 0 <= grid // (span // threads) * tile * span - total < tile * span
+                        )
                     else:  # a thread meets one function only
                         assert grid * threads % period == 0 and rows == grid
 
 
-@pytest.mark.parametrize("change", [dict(shape=(4, 97)), dict(dtype=torch.float64), dict(a_device=torch.device("cpu")), dict(b_device=torch.device("cuda:0")),
-                                    dict(a_shape=(6,)), dict(b_shape=(8, 9)), dict(dim=2), dict(shape=(3, 96, 1 << 30), dim=1), dict(b_shape=(0, 4))], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(shape=(4, 97)),
+        dict(dtype=torch.float64),
+        dict(a_device=torch.device("cpu")),
+        dict(b_device=torch.device("cuda:0")),
+        dict(a_shape=(6,)),
+        dict(b_shape=(8, 9)),
+        dict(dim=2),
+        dict(shape=(3, 96, 1 << 30), dim=1),
+        dict(b_shape=(0, 4)),
+    ],
+    ids=str,
+)
 def test_operators_refuse_what_they_were_not_made_for(change):
-    fitting = dict(shape=(4, 96), dtype=torch.bfloat16, device=torch.device("cuda:1"), a_shape=(1, 6), a_device=torch.device("cuda:1"), b_shape=(8, 4),
-                   b_device=torch.device("cuda:1"), dim=1)
+    fitting = dict(
+        shape=(4, 96),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda:1"),
+        a_shape=(1, 6),
+        a_device=torch.device("cuda:1"),
+        b_shape=(8, 4),
+        b_device=torch.device("cuda:1"),
+        dim=1,
+    )
     kernel._check(*fitting.values())
     with pytest.raises(ValueError, match="kan::rational cannot take x .*channels in dimension"):
         kernel._check(*(fitting | change).values())
@@ -144,6 +217,7 @@ def test_operators_refuse_what_they_were_not_made_for(change):
 @pytest.fixture
 def operators_on_the_cpu(monkeypatch):
     """The definition in the place of the kernels, where a compiler or an exporter calls the operators."""
+
     def backward(grad, x, a, b, dim):
         saved = types.SimpleNamespace(saved_tensors=(x, a, b), dim=dim, path="definition", needs_input_grad=(True,) * 3)
         return definition._Rational.backward(saved, grad)[:3]
@@ -179,28 +253,46 @@ def test_traced_for_any_batch(operators_on_the_cpu):
 
 
 def test_an_exported_program_trains_as_the_layer_does(operators_on_the_cpu):
-    x, layers = torch.randn(5, 96), torch.nn.Sequential(torch.nn.Linear(96, 96), GroupRational(8, "identity"), torch.nn.Linear(96, 2))
+    x, layers = (
+        torch.randn(5, 96),
+        torch.nn.Sequential(torch.nn.Linear(96, 96), GroupRational(8, "identity"), torch.nn.Linear(96, 2)),
+    )
     program = torch.export.export(layers, (x,)).module()
     assert "kan.rational" in str(program.graph)
-    want, found = (dict(zip(dict(model.named_parameters()), torch.autograd.grad(model(x).square().sum(), list(model.parameters()))))
-                   for model in (layers, program))
+    want, found = (
+        dict(
+            zip(dict(model.named_parameters()), torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+        )
+        for model in (layers, program)
+    )
     for name in want:
         torch.testing.assert_close(found[name], want[name], msg=name)
     live = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(torch.ops.kan.rational(live, *(p.detach() for p in layers[1].parameters()), 1).sum(), live, create_graph=True)
+        torch.autograd.grad(
+            torch.ops.kan.rational(live, *(p.detach() for p in layers[1].parameters()), 1).sum(),
+            live,
+            create_graph=True,
+        )
 
 
 def inputs(shape, dim, a_rows, b_rows, dtype, degrees=(5, 4)):
     x, g = (2 * torch.randn(shape, device="cuda")).to(dtype), torch.randn(shape, device="cuda").to(dtype)
-    return x, 0.3 * torch.randn(a_rows, degrees[0] + 1, device="cuda"), 0.3 * torch.randn(b_rows, degrees[1], device="cuda"), g
+    return (
+        x,
+        0.3 * torch.randn(a_rows, degrees[0] + 1, device="cuda"),
+        0.3 * torch.randn(b_rows, degrees[1], device="cuda"),
+        g,
+    )
 
 
 def gradients(x, a, b, g, dim, choice="cuda"):
     before = definition._choice
     definition.use_kernel(choice)
     try:
-        return results(lambda x, a, b: rational(x, a, b, dim), *(t.detach().clone().requires_grad_() for t in (x, a, b)), g)
+        return results(
+            lambda x, a, b: rational(x, a, b, dim), *(t.detach().clone().requires_grad_() for t in (x, a, b)), g
+        )
     finally:
         definition.use_kernel(before)
 
@@ -251,7 +343,13 @@ def test_coefficient_gradients_are_exact():
 @gpu
 def test_strides_and_offsets():
     x, a, b, g = inputs((6, 10, 48), -1, 1, 8, torch.bfloat16)
-    views = {"slice": x[:, 2:7], "step": x[::2], "transpose": x.transpose(0, 1), "misaligned": x.view(-1)[1:481].view(10, 48), "expanded": x[:, :1].expand(6, 10, 48)}
+    views = {
+        "slice": x[:, 2:7],
+        "step": x[::2],
+        "transpose": x.transpose(0, 1),
+        "misaligned": x.view(-1)[1:481].view(10, 48),
+        "expanded": x[:, :1].expand(6, 10, 48),
+    }
     for name, view in views.items():
         for grad in (torch.randn_like(view), torch.ones((), device="cuda", dtype=view.dtype).expand(view.shape)):
             assert_as_exact_as_torch(view, a, b, grad, -1)
@@ -271,7 +369,7 @@ def test_nothing_is_written_outside(case, monkeypatch):
         size = math.ceil(count * dtype.itemsize / 16) * 16 // dtype.itemsize  # what follows is 16-byte aligned too
         whole = torch.full((64 + size + 64,), 7.0, device="cuda").to(dtype)
         guarded.append((whole, count))
-        return whole[64:64 + count]
+        return whole[64 : 64 + count]
 
     def workspace(device, floats):
         counters, partials = torch.zeros(launch.COUNTERS, dtype=torch.int32, device="cuda"), room(floats, torch.float32)
@@ -283,7 +381,7 @@ def test_nothing_is_written_outside(case, monkeypatch):
     monkeypatch.undo()
     assert len(guarded) == 5 and all(torch.equal(p, q) for p, q in zip(found, want))
     for whole, count in guarded:
-        assert (whole[:64] == 7).all() and (whole[64 + count:] == 7).all()
+        assert (whole[:64] == 7).all() and (whole[64 + count :] == 7).all()
 
 
 @gpu
@@ -303,8 +401,10 @@ def test_checkpointing_ddp_workers_and_dispatch_modes(tmp_path):
         assert all(torch.equal(p.grad, q) for p, q in zip(layer.parameters(), want[1:]))
     finally:
         torch.distributed.destroy_process_group()
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(32.0)), batch_size=8, num_workers=2, multiprocessing_context="fork")
-    assert torch.cat([batch for batch, in data]).sum() == 496 and torch.equal(layer(x), layer(x.detach().clone()))
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.arange(32.0)), batch_size=8, num_workers=2, multiprocessing_context="fork"
+    )
+    assert torch.cat([batch for (batch,) in data]).sum() == 496 and torch.equal(layer(x), layer(x.detach().clone()))
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -314,7 +414,9 @@ def test_checkpointing_ddp_workers_and_dispatch_modes(tmp_path):
 
     with Watch():
         found = torch.autograd.grad(layer(x).square().sum(), inputs_)
-    assert {"kan.rational.default", "kan.rational_backward.default"} <= set(seen) and all(torch.equal(p, q) for p, q in zip(found, want))
+    assert {"kan.rational.default", "kan.rational_backward.default"} <= set(seen) and all(
+        torch.equal(p, q) for p, q in zip(found, want)
+    )
 
 
 @gpu
@@ -335,10 +437,14 @@ def test_streams_graphs_autocast_compile_and_export():
     coefficients = layer.weight_numerator, layer.weight_denominator
     live = x.clone().requires_grad_()
     eager = torch.autograd.grad(layer(live).square().sum(), (live, *coefficients))
-    graphed = torch.cuda.make_graphed_callables(GroupRational(8, num_channels=96).cuda(), (torch.zeros_like(x).requires_grad_(),))
+    graphed = torch.cuda.make_graphed_callables(
+        GroupRational(8, num_channels=96).cuda(), (torch.zeros_like(x).requires_grad_(),)
+    )
     for _ in range(3):
         again = x.clone().requires_grad_()
-        found = torch.autograd.grad(graphed(again).square().sum(), (again, graphed.weight_numerator, graphed.weight_denominator))
+        found = torch.autograd.grad(
+            graphed(again).square().sum(), (again, graphed.weight_numerator, graphed.weight_denominator)
+        )
         assert all(torch.equal(p, q) for p, q in zip(found, eager))
     with torch.autocast("cuda", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16 and torch.equal(layer(x), layer(x.bfloat16()))
@@ -355,13 +461,20 @@ def test_streams_graphs_autocast_compile_and_export():
     assert torch.equal(dynamic.module()(x[:3]), want[:3])
     live = x.clone().requires_grad_()
     directions = torch.randn(3, *x.shape, device="cuda")
-    batched, = torch.autograd.grad(layer(live), live, directions, is_grads_batched=True)
+    (batched,) = torch.autograd.grad(layer(live), live, directions, is_grads_batched=True)
     assert all(torch.equal(own, torch.autograd.grad(layer(live), live, g)[0]) for own, g in zip(batched, directions))
     with pytest.raises(ValueError, match="kan::rational cannot take x"):
         torch.ops.kan.rational(x[..., :95], *(c.detach() for c in coefficients), 2)
-    torch.library.opcheck(torch.ops.kan.rational.default, (x, *(c.detach() for c in coefficients), 2), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(torch.ops.kan.rational_backward.default, (x, x, *(c.detach() for c in coefficients), 2),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.kan.rational.default,
+        (x, *(c.detach() for c in coefficients), 2),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        torch.ops.kan.rational_backward.default,
+        (x, x, *(c.detach() for c in coefficients), 2),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @gpu

@@ -17,6 +17,7 @@ def micro(**kwargs):
 @pytest.mark.parametrize("options", STAGES, ids=lambda o: "-".join(map(str, o.values())))
 def test_resampling_keeps_the_sums_of_a_constant_operator(name, options):
     """Functions and W that are the same for all tokens, constant scores and values: both token sums keep their value."""
+
     def constant(p, axis):
         return p.narrow(axis, 0, 1).expand(p.shape).clone()
 
@@ -32,20 +33,30 @@ def test_resampling_keeps_the_sums_of_a_constant_operator(name, options):
             new.load_state_dict(resample_operator_state(old.state_dict(), 4, grid, 1, mode))
             score, value = torch.randn(1, 2, 1, 1, dtype=torch.float64), torch.randn(1, 2, 1, 3, dtype=torch.float64)
             with torch.no_grad():
-                outputs = [op.attend(score.expand(1, 2, n, n), value.expand(1, 2, n, 3))[:, :, 0] for op, n in ((old, 17), (new, N))]
+                outputs = [
+                    op.attend(score.expand(1, 2, n, n), value.expand(1, 2, n, 3))[:, :, 0]
+                    for op, n in ((old, 17), (new, N))
+                ]
             torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("options", STAGES, ids=lambda o: "-".join(map(str, o.values())))
 def test_every_patch_split_in_four_gives_the_same(name, options):
-    parent = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(9).view(3, 3).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()])
+    parent = torch.cat(
+        [
+            torch.zeros(1, dtype=torch.long),
+            1 + torch.arange(9).view(3, 3).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(),
+        ]
+    )
     old, new = operator(name, N=10, **options), operator(name, N=37, **options)
     new.load_state_dict(resample_operator_state(old.state_dict(), 3, 6, 1, "nearest"))
     scores, value = torch.randn(1, 2, 10, 10, dtype=torch.float64), torch.randn(1, 2, 10, 3, dtype=torch.float64)
     with torch.no_grad():
         want = old.attend(scores, value)[:, :, parent]
-        torch.testing.assert_close(new.attend(scores[:, :, parent][..., parent], value[:, :, parent]), want, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(
+            new.attend(scores[:, :, parent][..., parent], value[:, :, parent]), want, rtol=1e-5, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize("universal", [False, True])
@@ -68,6 +79,7 @@ def test_resampled_model(universal):
 
 def test_resampling_of_a_smooth_operator_and_smooth_scores():
     """Parameters, scores and values that vary slowly over the image: another grid samples the same integrals."""
+
     def field(grid, seed, *shape):  # a plane wave of low frequency at the patch centres, after one class token
         g = torch.Generator().manual_seed(seed)
         u = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
@@ -77,7 +89,7 @@ def test_resampling_of_a_smooth_operator_and_smooth_scores():
 
     outputs = []
     for grid in (8, 12):
-        new = KArAtOperator(1 + grid ** 2, 2, basis("fourier"), 3).double()
+        new = KArAtOperator(1 + grid**2, 2, basis("fourier"), 3).double()
         if grid == 8:
             with torch.no_grad():
                 new.project_out.copy_(field(8, 0, 2, 3).mT)

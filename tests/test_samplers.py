@@ -56,7 +56,7 @@ def test_train_order_is_a_function_of_seed_and_epoch(repeats):
     assert order != epoch_order(300, seed=5, repeats=repeats, epoch=3)
     assert order != epoch_order(300, seed=6, repeats=repeats, epoch=2)
     sampler = train_sampler(range(300), 1, 0, seed=5, repeats=repeats)
-    for epoch in (0, 1):    # epochs that a resumed run would not have walked through
+    for epoch in (0, 1):  # epochs that a resumed run would not have walked through
         sampler.set_epoch(epoch)
         list(sampler)
     sampler.set_epoch(2)
@@ -81,7 +81,7 @@ def test_repeated_augmentation_takes_each_image_three_times():
     assert all(order[i] == order[i + 1] == order[i + 2] for i in range(0, 768, 3))
     assert len(set(order)) == 256
     ranks = [epoch_order(768, world_size=3, rank=rank, repeats=3) for rank in range(3)]
-    assert ranks[0] == ranks[1] == ranks[2]    # one copy of each image per process
+    assert ranks[0] == ranks[1] == ranks[2]  # one copy of each image per process
     assert len(ranks[0]) == len(set(ranks[0])) == 256
 
 
@@ -97,8 +97,9 @@ def test_repeated_augmentation_is_never_empty(n, world_size):
 def test_small_set_does_not_rely_on_the_installed_timm(monkeypatch):
     """timm before its own guard rounds 255 images down to none: the rounding has to be off already in our call."""
     rounding = []
-    monkeypatch.setattr(samplers, "SeededRepeatAugSampler",
-                        lambda dataset, seed, **kwargs: rounding.append(kwargs["selected_round"]))
+    monkeypatch.setattr(
+        samplers, "SeededRepeatAugSampler", lambda dataset, seed, **kwargs: rounding.append(kwargs["selected_round"])
+    )
     for n in (1, 255, 256, 1000):
         train_sampler(range(n), 1, 0, seed=0, repeats=3)
     assert rounding == [0, 0, 256, 256]

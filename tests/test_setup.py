@@ -67,7 +67,9 @@ def test_any_wheel_of_cupy_will_do(wheel, tmp_path, monkeypatch):
     assert check_env.installed_version("cupy-cuda13x") == "14.9.0"
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "run_scripts").glob("*.sh")) + [ROOT / ".ci/run"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "run_scripts").glob("*.sh")) + [ROOT / ".ci/run"], ids=lambda p: p.name
+)
 def test_script_parses(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
@@ -101,7 +103,7 @@ class Project:
         tools = "awk bash cat cut df dirname env flock ls mkdir rm sed tail tee uname".split()
         for tool in filter(shutil.which, tools):
             (self.bin / tool).symlink_to(shutil.which(tool))
-        self.python("exec '" + sys.executable + "' \"$@\"")
+        self.python("exec '" + sys.executable + '\' "$@"')
 
     def require(self, requirements: str, constraints: str = "") -> None:
         (self.root / "requirements.txt").write_text(requirements + "\n")
@@ -116,10 +118,24 @@ class Project:
         return subprocess.check_output([self.root / ".venv/bin/python", "-c", code], text=True).strip()
 
     def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-        env = {"PATH": str(self.bin), "HOME": str(self.root), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1",
-               "PIP_FIND_LINKS": self.wheels.as_uri(), "KAT_DISK_GB": "0", **env}
-        return subprocess.run(["bash", str(self.root / "run_scripts" / script), *args], cwd="/", env=env,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        env = {
+            "PATH": str(self.bin),
+            "HOME": str(self.root),
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": self.wheels.as_uri(),
+            "KAT_DISK_GB": "0",
+            **env,
+        }
+        return subprocess.run(
+            ["bash", str(self.root / "run_scripts" / script), *args],
+            cwd="/",
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
 
 @pytest.fixture
@@ -165,7 +181,9 @@ def test_setup_uses_a_python_that_has_everything(project):
     project.require("pytest>=8\nfvcore>=99")
     run = project.run("setup.sh")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"setup: using {sys.executable} (it has all of requirements.txt (optional, absent: fvcore")
+    assert run.stdout.startswith(
+        f"setup: using {sys.executable} (it has all of requirements.txt (optional, absent: fvcore"
+    )
     assert not (project.root / ".venv").exists()
 
 

@@ -1,4 +1,5 @@
 """tools/convert.py and tools/predict.py on real files with micro models."""
+
 import os
 import subprocess
 import sys
@@ -42,12 +43,24 @@ def make(name=KAT, classes=4, **kwargs):
 def timm_file(path, model, name=KAT, **more):
     """As timm's and KAT's trainers save it: a Namespace, the names of DistributedDataParallel."""
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
-    torch.save({"arch": name, "state_dict": state, "args": Namespace(model=name, img_size=None, model_kwargs=SMALL, mean=[0.5] * 3), "epoch": 3, **more}, path)
+    torch.save(
+        {
+            "arch": name,
+            "state_dict": state,
+            "args": Namespace(model=name, img_size=None, model_kwargs=SMALL, mean=[0.5] * 3),
+            "epoch": 3,
+            **more,
+        },
+        path,
+    )
     return path
 
 
 def flash(state):
-    return {k.replace("weight_numerator", "numerator_v").replace("weight_denominator", "denominator_v"): v for k, v in state.items()}
+    return {
+        k.replace("weight_numerator", "numerator_v").replace("weight_denominator", "denominator_v"): v
+        for k, v in state.items()
+    }
 
 
 def call(tool, *arguments):
@@ -79,12 +92,31 @@ def test_timm_to_ours_keeps_model_and_images(tmp_path, name):
     ours, checkpoint = rebuilt(tmp_path / "ours.pth")
     assert_same_outputs(ours, model)
     assert checkpoint["args"]["model"] == name and checkpoint["args"]["model_kwargs"] == SMALL
-    assert checkpoint["args"]["mean"] == [0.5] * 3 and checkpoint["args"]["input_size"] == 32 and "timm" in checkpoint["versions"]
+    assert (
+        checkpoint["args"]["mean"] == [0.5] * 3
+        and checkpoint["args"]["input_size"] == 32
+        and "timm" in checkpoint["versions"]
+    )
 
 
 def test_main_evaluates_a_converted_file_without_being_told_the_model(tmp_path, capsys):
     assert call(convert, timm_file(tmp_path / "last.pth.tar", make(classes=10)), tmp_path / "ours.pth") == 0
-    assert main_program.main(["--eval", "--resume", str(tmp_path / "ours.pth"), "--device", "cpu", "--num-workers", "0", "--val-subset", "20"]) == 0
+    assert (
+        main_program.main(
+            [
+                "--eval",
+                "--resume",
+                str(tmp_path / "ours.pth"),
+                "--device",
+                "cpu",
+                "--num-workers",
+                "0",
+                "--val-subset",
+                "20",
+            ]
+        )
+        == 0
+    )
     assert "kat_micro_patch8_32" in capsys.readouterr().out
 
 
@@ -94,7 +126,9 @@ def test_round_trip_through_kat_is_bit_equal(tmp_path, suffix):
     assert call(convert, timm_file(tmp_path / "a.pth.tar", model), tmp_path / name, "--to", "kat") == 0
     bare = load_file(tmp_path / name) if suffix == ".safetensors" else torch.load(tmp_path / name, weights_only=True)
     assert_same_tensors(bare, model.state_dict())
-    load_checkpoint(timm.create_model(KAT, num_classes=4, **SMALL), str(tmp_path / name), strict=True)  # as KAT's code does
+    load_checkpoint(
+        timm.create_model(KAT, num_classes=4, **SMALL), str(tmp_path / name), strict=True
+    )  # as KAT's code does
     kwargs = [f"{k}={v}" for k, v in SMALL.items()]
     assert call(convert, tmp_path / name, tmp_path / "ours.pth", "--model-kwargs", *kwargs) == 0
     assert call(convert, tmp_path / "ours.pth", tmp_path / "again.pth", "--to", "kat") == 0
@@ -116,7 +150,16 @@ def test_flashkat_to_ours_and_back(tmp_path, groups):
 
 def test_a_vit_becomes_a_kat_of_the_same_outputs(tmp_path, capsys):
     vit = make(VIT)
-    assert call(convert, timm_file(tmp_path / "vit.pth.tar", vit, VIT), tmp_path / "kat.pth", "--model", "kat_micro_gelu_patch8_32") == 0
+    assert (
+        call(
+            convert,
+            timm_file(tmp_path / "vit.pth.tar", vit, VIT),
+            tmp_path / "kat.pth",
+            "--model",
+            "kat_micro_gelu_patch8_32",
+        )
+        == 0
+    )
     assert "not in the file, start anew: blocks.{0-1}.mlp.act1.weight_numerator" in capsys.readouterr().out
     kat, checkpoint = rebuilt(tmp_path / "kat.pth")
     assert checkpoint["args"]["model"] == "kat_micro_gelu_patch8_32"
@@ -127,12 +170,23 @@ def test_a_vit_becomes_a_kat_of_the_same_outputs(tmp_path, capsys):
 def test_options_reshape_the_model(tmp_path):
     """A new classifier drops the names of the old one and is drawn the same every time; another image size resamples."""
     model = make()
-    state = {"model": model.state_dict(), "model_ema": None, "args": {"model": KAT, "model_kwargs": SMALL}, "versions": {}, "classes": CLASSES}
+    state = {
+        "model": model.state_dict(),
+        "model_ema": None,
+        "args": {"model": KAT, "model_kwargs": SMALL},
+        "versions": {},
+        "classes": CLASSES,
+    }
     torch.save(state, tmp_path / "own.pth")
     for target in ("a.pth", "b.pth"):
         assert call(convert, tmp_path / "own.pth", tmp_path / target, "--nb-classes", 7, "--input-size", 64) == 0
     (ours, checkpoint), (again, _) = rebuilt(tmp_path / "a.pth"), rebuilt(tmp_path / "b.pth")
-    assert ours.num_classes == 7 and ours.pos_embed.shape[1] == 65 and "classes" not in checkpoint and checkpoint["args"]["input_size"] == 64
+    assert (
+        ours.num_classes == 7
+        and ours.pos_embed.shape[1] == 65
+        and "classes" not in checkpoint
+        and checkpoint["args"]["input_size"] == 64
+    )
     assert_same_tensors(ours.state_dict(), again.state_dict())
     assert torch.equal(ours.blocks[0].mlp.act2.weight_numerator, model.blocks[0].mlp.act2.weight_numerator)
     assert ours.head.weight.std() < 0.05 and not ours.head.bias.any()
@@ -143,7 +197,16 @@ def test_options_reshape_the_model(tmp_path):
 def test_input_size_comes_from_the_position_embedding(tmp_path):
     model = make(img_size=48)
     torch.save(model.state_dict(), tmp_path / f"{KAT}.pth")
-    assert call(convert, tmp_path / f"{KAT}.pth", tmp_path / "ours.pth", "--model-kwargs", *(f"{k}={v}" for k, v in SMALL.items())) == 0
+    assert (
+        call(
+            convert,
+            tmp_path / f"{KAT}.pth",
+            tmp_path / "ours.pth",
+            "--model-kwargs",
+            *(f"{k}={v}" for k, v in SMALL.items()),
+        )
+        == 0
+    )
     ours, checkpoint = rebuilt(tmp_path / "ours.pth")
     assert checkpoint["args"]["input_size"] == 48 and torch.equal(ours.pos_embed, model.pos_embed)
 
@@ -156,23 +219,55 @@ def test_raw_and_averaged_weights(tmp_path):
         assert_same_outputs(rebuilt(tmp_path / "ours.pth")[0], chosen, 0)
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["a.pth.tar", "there.pth"], "there.pth exists already"),
-    (["a.pth.tar", "a.pth.tar", "--force"], "the same file"),
-    (["none.pth", "out.pth"], "there is no checkpoint"),
-    (["bare.pth", "out.pth"], "name it with --model"),
-    (["a.pth.tar", "no/out.pth"], "there is no folder no"),
-    (["a.pth.tar", "out.npz"], ".npz is read, not written"),
-    (["a.pth.tar", "out.pth", "--use-ema"], "no averaged weights"),
-    (["a.pth.tar", "out.pth", "--model", "kat_mikro"], "unknown model"),
-    (["a.pth.tar", "out.pth", "--model-kwargs", "depth"], "KEY=VALUE"),
-    (["a.pth.tar", "out.pth", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2", "num_groups=4"], "has shape (8, 4) and the model (4, 4)"),
-    (["a.pth.tar", "out.pth", "--to", "kat", "--model", VIT], "no rational functions"),
-    (["bare.pth", "out.pth", "--to", "flashkat", "--model", "kat_micro_distilled_patch8_32", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"],
-     "distillation token"),
-    (["bare.pth", "out.pth", "--to", "kat", "--model", "kat_micro_patch8_32_karat", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"],
-     "there is Kolmogorov-Arnold attention"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["a.pth.tar", "there.pth"], "there.pth exists already"),
+        (["a.pth.tar", "a.pth.tar", "--force"], "the same file"),
+        (["none.pth", "out.pth"], "there is no checkpoint"),
+        (["bare.pth", "out.pth"], "name it with --model"),
+        (["a.pth.tar", "no/out.pth"], "there is no folder no"),
+        (["a.pth.tar", "out.npz"], ".npz is read, not written"),
+        (["a.pth.tar", "out.pth", "--use-ema"], "no averaged weights"),
+        (["a.pth.tar", "out.pth", "--model", "kat_mikro"], "unknown model"),
+        (["a.pth.tar", "out.pth", "--model-kwargs", "depth"], "KEY=VALUE"),
+        (
+            ["a.pth.tar", "out.pth", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2", "num_groups=4"],
+            "has shape (8, 4) and the model (4, 4)",
+        ),
+        (["a.pth.tar", "out.pth", "--to", "kat", "--model", VIT], "no rational functions"),
+        (
+            [
+                "bare.pth",
+                "out.pth",
+                "--to",
+                "flashkat",
+                "--model",
+                "kat_micro_distilled_patch8_32",
+                "--model-kwargs",
+                "depth=2",
+                "embed_dim=32",
+                "num_heads=2",
+            ],
+            "distillation token",
+        ),
+        (
+            [
+                "bare.pth",
+                "out.pth",
+                "--to",
+                "kat",
+                "--model",
+                "kat_micro_patch8_32_karat",
+                "--model-kwargs",
+                "depth=2",
+                "embed_dim=32",
+                "num_heads=2",
+            ],
+            "there is Kolmogorov-Arnold attention",
+        ),
+    ],
+)
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     model = make()
@@ -182,7 +277,11 @@ def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch, capsys,
     assert call(convert, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error
-    assert Path("there.pth").read_bytes() == b"precious" and not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
+    assert (
+        Path("there.pth").read_bytes() == b"precious"
+        and not list(tmp_path.glob("out*"))
+        and not list(tmp_path.glob(".*"))
+    )
 
 
 def png(path):
@@ -195,7 +294,15 @@ def forced(path, index, outputs=4, **more):
     model = make(classes=outputs)
     with torch.no_grad():
         model.head.bias.copy_(-20.0 * ((torch.arange(outputs) - index) % outputs))
-    torch.save({"model": model.state_dict(), "args": {"model": KAT, "input_size": 32, "model_kwargs": SMALL}, "versions": {}, **more}, path)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "args": {"model": KAT, "input_size": 32, "model_kwargs": SMALL},
+            "versions": {},
+            **more,
+        },
+        path,
+    )
     return path
 
 
@@ -204,10 +311,16 @@ def test_names_come_from_the_file_else_the_checkpoint_else_imagenet_else_numbers
     own, image = forced(tmp_path / "own.pth", 2, classes=CLASSES), png(tmp_path / "a.png")
     wnids = forced(tmp_path / "wnids.pth", 1, 2, classes=["dog", "n01440764"])
     for checkpoint, options, lines in (
-            (own, ["--classes", tmp_path / "names.txt"], ["three", "four", "one", "two"]), (own, ["--topk", 1], ["cat"]),
-            (wnids, [], ["tench, Tinca tinca", "dog"]),
-            (forced(tmp_path / "imagenet.pth", 1, 1000), ["--topk", 2], ["goldfish, Carassius auratus", "great white shark"]),
-            (forced(tmp_path / "bare.pth", 3), ["--topk", 2], ["class 3", "class 0"])):
+        (own, ["--classes", tmp_path / "names.txt"], ["three", "four", "one", "two"]),
+        (own, ["--topk", 1], ["cat"]),
+        (wnids, [], ["tench, Tinca tinca", "dog"]),
+        (
+            forced(tmp_path / "imagenet.pth", 1, 1000),
+            ["--topk", 2],
+            ["goldfish, Carassius auratus", "great white shark"],
+        ),
+        (forced(tmp_path / "bare.pth", 3), ["--topk", 2], ["class 3", "class 0"]),
+    ):
         assert call(predict, image, "--checkpoint", checkpoint, "--device", "cpu", *options) == 0
         path, *printed = capsys.readouterr().out.strip().splitlines()
         assert path == str(image) and len(printed) == len(lines) and printed[0].startswith(" 100.00 %")
@@ -217,9 +330,19 @@ def test_names_come_from_the_file_else_the_checkpoint_else_imagenet_else_numbers
 def test_probabilities_are_those_of_main_s_transforms(tmp_path, capsys):
     """Resized whole to 32 pixels, normalised by the checkpoint's mean and deviation."""
     model = make()
-    args = {"model": KAT, "input_size": 32, "model_kwargs": SMALL, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear"}
+    args = {
+        "model": KAT,
+        "input_size": 32,
+        "model_kwargs": SMALL,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.6, 0.7],
+        "interpolation": "bilinear",
+    }
     torch.save({"model": model.state_dict(), "args": args, "versions": {}}, tmp_path / "own.pth")
-    image = np.array(Image.open(png(tmp_path / "a.png")).resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1) / 255
+    image = (
+        np.array(Image.open(png(tmp_path / "a.png")).resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        / 255
+    )
     x = (torch.tensor(image) - torch.tensor(args["mean"])[:, None, None]) / torch.tensor(args["std"])[:, None, None]
     expected = 100 * model(x[None].float())[0].softmax(-1)
     assert call(predict, tmp_path / "a.png", "--checkpoint", tmp_path / "own.pth", "--device", "cpu") == 0
@@ -230,20 +353,38 @@ def test_probabilities_are_those_of_main_s_transforms(tmp_path, capsys):
 
 def test_images_that_cannot_be_read_do_not_stop_the_others(tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(png(tmp_path / "a.png").read_bytes()[:200])
-    assert call(predict, tmp_path / "none.png", tmp_path / "broken.png", tmp_path / "a.png", "--device", "cpu", "--checkpoint",
-                forced(tmp_path / "own.pth", 0)) == 2
+    assert (
+        call(
+            predict,
+            tmp_path / "none.png",
+            tmp_path / "broken.png",
+            tmp_path / "a.png",
+            "--device",
+            "cpu",
+            "--checkpoint",
+            forced(tmp_path / "own.pth", 0),
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert f"{tmp_path / 'a.png'}\n 100.00 %  class 0" in out and "broken" not in out
     assert err.count("error: ") == err.count("\n") == 2 and "none.png" in err and "broken.png" in err
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (["--checkpoint", "none.pth"], "there is no checkpoint none.pth"), (["--checkpoint", "bare.pth"], "name it with --model"),
-    (["--checkpoint", "own.pth", "--topk", 0], "--topk must be at least 1"), (["--checkpoint", "own.pth", "--use-ema"], "no averaged weights"),
-    (["--checkpoint", "own.pth", "--classes", "none.txt"], "none.txt cannot be read"),
-    (["--checkpoint", "own.pth", "--classes", "few.txt"], "has 1 names, the model 4 outputs"),
-    (["--checkpoint", "own.pth", "--model", VIT], ": drop --model"),
-    (["--checkpoint", "own.pth", "--device", "abacus"], "is no device"), (["--checkpoint", "headless.pth"], "head.weight is missing")])
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
+        (["--checkpoint", "bare.pth"], "name it with --model"),
+        (["--checkpoint", "own.pth", "--topk", 0], "--topk must be at least 1"),
+        (["--checkpoint", "own.pth", "--use-ema"], "no averaged weights"),
+        (["--checkpoint", "own.pth", "--classes", "none.txt"], "none.txt cannot be read"),
+        (["--checkpoint", "own.pth", "--classes", "few.txt"], "has 1 names, the model 4 outputs"),
+        (["--checkpoint", "own.pth", "--model", VIT], ": drop --model"),
+        (["--checkpoint", "own.pth", "--device", "abacus"], "is no device"),
+        (["--checkpoint", "headless.pth"], "head.weight is missing"),
+    ],
+)
 def test_what_cannot_be_predicted_is_one_sentence(tmp_path, monkeypatch, capsys, options, sentence):
     monkeypatch.chdir(tmp_path)
     checkpoint = torch.load(forced(tmp_path / "own.pth", 0), weights_only=True)
@@ -260,11 +401,32 @@ def test_both_run_from_any_folder(tmp_path):
     timm_file(tmp_path / "a.pth.tar", make())
     forced(tmp_path / "own.pth", 2)
     png(tmp_path / "a.png")
-    arguments = {"convert": ["a.pth.tar", "ours.pth"], "predict": ["a.png", "none.png", "--checkpoint", "own.pth", "--device", "cpu"]}
-    running = {tool: subprocess.Popen([sys.executable, str(ROOT / f"tools/{tool}.py"), *rest], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                      text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for tool, rest in arguments.items()}
+    arguments = {
+        "convert": ["a.pth.tar", "ours.pth"],
+        "predict": ["a.png", "none.png", "--checkpoint", "own.pth", "--device", "cpu"],
+    }
+    running = {
+        tool: subprocess.Popen(
+            [sys.executable, str(ROOT / f"tools/{tool}.py"), *rest],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for tool, rest in arguments.items()
+    }
     done = {tool: (*process.communicate(timeout=120), process.returncode) for tool, process in running.items()}
     out, err, rc = done["convert"]
-    assert (rc, err) == (0, "") and out.startswith("40 of 40 tensors taken from a.pth.tar (raw weights)\n") and (tmp_path / "ours.pth").is_file()
+    assert (
+        (rc, err) == (0, "")
+        and out.startswith("40 of 40 tensors taken from a.pth.tar (raw weights)\n")
+        and (tmp_path / "ours.pth").is_file()
+    )
     out, err, rc = done["predict"]
-    assert rc == 2 and "a.png\n 100.00 %  class 2\n" in out and err.startswith("error: none.png cannot be read") and err.count("\n") == 1
+    assert (
+        rc == 2
+        and "a.png\n 100.00 %  class 2\n" in out
+        and err.startswith("error: none.png cannot be read")
+        and err.count("\n") == 1
+    )

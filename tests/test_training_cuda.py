@@ -1,4 +1,5 @@
 """Training on a GPU: kernel against definition on photographs, two GPUs, repetition to the bit."""
+
 import re
 
 import pytest
@@ -20,9 +21,42 @@ def cifar(tmp_path_factory):
 
 
 def flags(folder):
-    return ("--model", "kat_tiny_patch16_224", "--data-set", "IMNET", "--data-path", folder, "--batch-size", "32", "--train-subset", "640", "--epochs", "1",
-            "--lr", "1e-3", "--unscale-lr", "--warmup-epochs", "1", "--no-repeated-aug", "--aa", "none", "--color-jitter", "0", "--reprob", "0", "--mixup", "0",
-            "--cutmix", "0", "--drop-path", "0", "--check-images", "off", "--device", "cuda")
+    return (
+        "--model",
+        "kat_tiny_patch16_224",
+        "--data-set",
+        "IMNET",
+        "--data-path",
+        folder,
+        "--batch-size",
+        "32",
+        "--train-subset",
+        "640",
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-3",
+        "--unscale-lr",
+        "--warmup-epochs",
+        "1",
+        "--no-repeated-aug",
+        "--aa",
+        "none",
+        "--color-jitter",
+        "0",
+        "--reprob",
+        "0",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--drop-path",
+        "0",
+        "--check-images",
+        "off",
+        "--device",
+        "cuda",
+    )
 
 
 @pytest.mark.gpu
@@ -83,14 +117,22 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkey
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("options", [("--batch-size", "16", "--deterministic"), (*MICRO, "--compile", "--compile-mode", "reduce-overhead")],
-                         ids=["tiny", "micro as CUDA graphs"])
+@pytest.mark.parametrize(
+    "options",
+    [("--batch-size", "16", "--deterministic"), (*MICRO, "--compile", "--compile-mode", "reduce-overhead")],
+    ids=["tiny", "micro as CUDA graphs"],
+)
 def test_two_gpus_repeat_to_the_bit_and_agree_with_one(cifar, tmp_path, options):
     """The kernels on cuda:1, under DistributedDataParallel, in bfloat16; evaluation of the same file on one and on two GPUs."""
     for name in ("one", "two"):
         result = torchrun(2, *flags(cifar), *options, "--kernel", "cuda", "--output-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    figures = [re.findall(r"Acc@1 .* loss [\d.]+", torchrun(n, "--eval", "--resume", tmp_path / "one" / "checkpoint.pth", "--device", "cuda").stdout)
-               for n in (1, 2)]
+    figures = [
+        re.findall(
+            r"Acc@1 .* loss [\d.]+",
+            torchrun(n, "--eval", "--resume", tmp_path / "one" / "checkpoint.pth", "--device", "cuda").stdout,
+        )
+        for n in (1, 2)
+    ]
     assert figures[0] and figures[0] == figures[1]

@@ -47,10 +47,20 @@ class Images(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("size", [28, 32, 64])
 @pytest.mark.parametrize("is_train", [True, False])
-@pytest.mark.parametrize("options", [
-    {}, {"aa": POLICIES[0]}, {"three_augment": True, "color_jitter": 0.3}, {"src": True},
-    {"no_aug": True}, {"train_interpolation": "bilinear", "interpolation": "bilinear"}, {"aa": "augmix-m3-w3"},
-    {"aa": "v0", "vflip": 0.5}, {"scale": None, "ratio": None, "color_jitter": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"aa": POLICIES[0]},
+        {"three_augment": True, "color_jitter": 0.3},
+        {"src": True},
+        {"no_aug": True},
+        {"train_interpolation": "bilinear", "interpolation": "bilinear"},
+        {"aa": "augmix-m3-w3"},
+        {"aa": "v0", "vflip": 0.5},
+        {"scale": None, "ratio": None, "color_jitter": 0.0},
+    ],
+)
 def test_output_shape_and_dtype(size, is_train, options):
     transform = pickle.loads(pickle.dumps(build_transform(is_train, make_args(input_size=size, **options))))
     for image in (noise(), noise(8, 8), noise(30, 90)):
@@ -78,15 +88,15 @@ def test_small_evaluation_keeps_the_whole_image():
     image = noise(32, 32)
     for args in (make_args(), make_args(eval_crop_ratio=0.5)):
         assert torch.equal(build_transform(False, args)(image), pixels_of(image))
-    wide = Image.fromarray(np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 32, axis=0)).convert("RGB")    # 64x32
+    wide = Image.fromarray(np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 32, axis=0)).convert("RGB")  # 64x32
     row = build_transform(False, make_args())(wide)[0, 0]
-    assert row[0] < 8 and row[-1] > 242    # black on the left to white on the right
+    assert row[0] < 8 and row[-1] > 242  # black on the left to white on the right
 
 
 def test_small_training_crop_shifts_the_image_over_black():
     transform = build_transform(True, make_args(hflip=0.0))
     padded = T.functional.pad(pixels_of(noise(32, 32)), 4)
-    windows = {(i, j): padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)}
+    windows = {(i, j): padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)}
     torch.manual_seed(0)
     seen = set()
     for _ in range(50):
@@ -104,8 +114,10 @@ def test_large_training_crop_and_its_options():
     assert next(s.p for s in steps if isinstance(s, T.RandomVerticalFlip)) == 0.25
 
 
-@pytest.mark.parametrize("data_set, hflip, expected", [
-    ("IMNET", None, [0.5]), ("DIGITS", None, []), ("DIGITS", 0.3, [0.3]), ("SVHN", 0.0, [])])
+@pytest.mark.parametrize(
+    "data_set, hflip, expected",
+    [("IMNET", None, [0.5]), ("DIGITS", None, []), ("DIGITS", 0.3, [0.3]), ("SVHN", 0.0, [])],
+)
 def test_horizontal_flip_default(data_set, hflip, expected):
     steps = build_transform(True, make_args(data_set=data_set, hflip=hflip)).transforms
     assert [s.p for s in steps if isinstance(s, T.RandomHorizontalFlip)] == expected
@@ -116,7 +128,7 @@ def test_simple_random_crop_reflects(size):
     transform = build_transform(True, make_args(input_size=size, src=True))
     assert [type(step) for step in transform.transforms[:2]] == [T.Resize, T.RandomCrop]
     assert transform.transforms[0].size == size
-    for _ in range(5):    # no black border
+    for _ in range(5):  # no black border
         assert (transform(Image.new("RGB", (90, 70), "white")) == 255).all()
 
 
@@ -130,8 +142,10 @@ def test_three_augment_replaces_the_policy():
     assert jitter.brightness == pytest.approx((0.7, 1.3))
 
 
-@pytest.mark.parametrize("aa, jitter, policies, jitters", [
-    (POLICIES[0], 0.4, 1, 0), (None, 0.4, 0, 1), ("", 0.4, 0, 1), ("none", None, 0, 0), ("None", 0.0, 0, 0)])
+@pytest.mark.parametrize(
+    "aa, jitter, policies, jitters",
+    [(POLICIES[0], 0.4, 1, 0), (None, 0.4, 0, 1), ("", 0.4, 0, 1), ("none", None, 0, 0), ("None", 0.0, 0, 0)],
+)
 def test_policy_and_colour_jitter(aa, jitter, policies, jitters):
     steps = build_transform(True, make_args(aa=aa, color_jitter=jitter)).transforms
     assert sum(isinstance(step, RandAugment) for step in steps) == policies
@@ -166,7 +180,7 @@ def test_20000_draws_of_each_published_policy(policy):
     image = noise(32, 32)
     assert {rand_augment(image).size for _ in range(20_000)} == {(32, 32)}
     assert bits.total() > 500
-    assert (bits[0] > 0) == policy.endswith("inc1")    # the draws that Pillow 13 raises on did happen
+    assert (bits[0] > 0) == policy.endswith("inc1")  # the draws that Pillow 13 raises on did happen
 
 
 @pytest.mark.parametrize("policy", [POLICIES[0], "original", "augmix-m3-w3", "rand-m9-mmax30-inc1"])
@@ -175,7 +189,7 @@ def test_every_posterize_op_is_replaced(policy):
     ops = [op for s in steps for op in [*getattr(s, "ops", ()), *sum(getattr(s, "policy", []), [])]]
     posterize = [op for op in ops if op.name.startswith("Posterize")]
     assert posterize and all(op.aug_fn is transforms.posterize for op in posterize)
-    assert AugmentOp("Posterize").aug_fn is not transforms.posterize    # timm itself is left alone
+    assert AugmentOp("Posterize").aug_fn is not transforms.posterize  # timm itself is left alone
 
 
 def test_posterize_at_magnitude_10_is_black():
@@ -183,12 +197,12 @@ def test_posterize_at_magnitude_10_is_black():
     op = next(op for s in steps for op in getattr(s, "ops", ()) if op.name == "PosterizeIncreasing")
     assert np.asarray(op(noise())).max() == 0 and op(noise()).size == noise().size
     np.testing.assert_array_equal(transforms.posterize(noise(), 3), np.asarray(noise()) & 0b11100000)
-    assert np.asarray(transforms.posterize(noise(), -2)).max() == 0    # magnitudes above 10
+    assert np.asarray(transforms.posterize(noise(), -2)).max() == 0  # magnitudes above 10
     unfixed = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
     if int(PIL.__version__.split(".")[0]) >= 13:
         with pytest.raises(ValueError, match="bits"):
             unfixed(noise())
-    else:    # the meaning that is kept
+    else:  # the meaning that is kept
         assert np.asarray(unfixed(noise())).max() == 0
 
 
@@ -199,7 +213,7 @@ def test_loader_normalises(num_workers, is_train):
     loader = build_loader(images, make_args(), CPU, num_workers, is_train=is_train, batch_size=3)
     batches = list(loader)
     assert len(loader) == len(batches) == (2 if is_train else 3)
-    assert [targets.tolist() for _, targets in batches] == [[0, 1, 2], [3, 4, 5], [6]][:len(loader)]
+    assert [targets.tolist() for _, targets in batches] == [[0, 1, 2], [3, 4, 5], [6]][: len(loader)]
     for x, targets in batches:
         assert x.dtype == torch.float32 and targets.dtype == torch.int64
         torch.testing.assert_close(x, torch.stack([normalised(images.pixels[i] / 255) for i in targets]))
@@ -246,10 +260,16 @@ def erased_of(args, is_train=True, n=300, num_workers=0):
 def test_random_erasing_only_in_training():
     options = {"reprob": 1.0, "remode": "const"}
     x, erased = erased_of(make_args(**options))
-    assert (x.permute(0, 2, 3, 1)[erased] == 0).all()    # the mean: after the normalisation
+    assert (x.permute(0, 2, 3, 1)[erased] == 0).all()  # the mean: after the normalisation
     share = erased.float().mean((1, 2))
-    assert 0.01 < share.min() < 0.05 and 0.3 < share.max() < 0.36 and 0.12 < share.mean() < 0.22    # uniform in [0.02, 1/3]
-    for args, is_train in ((make_args(**options), False), (make_args(**options, no_aug=True), True), (make_args(), True)):
+    assert (
+        0.01 < share.min() < 0.05 and 0.3 < share.max() < 0.36 and 0.12 < share.mean() < 0.22
+    )  # uniform in [0.02, 1/3]
+    for args, is_train in (
+        (make_args(**options), False),
+        (make_args(**options, no_aug=True), True),
+        (make_args(), True),
+    ):
         assert not erased_of(args, is_train, n=20)[1].any()
 
 
@@ -259,10 +279,11 @@ def test_random_erasing_options():
     x, erased = erased_of(make_args(reprob=1.0, remode="pixel"))
     assert abs(x.permute(0, 2, 3, 1)[erased].mean()) < 0.02 and abs(x.permute(0, 2, 3, 1)[erased].std() - 1) < 0.02
     x, erased = erased_of(make_args(reprob=1.0, remode="rand"), n=20)
-    assert all(len(one[:, where].unique(dim=1).T) == 1 for one, where in zip(x, erased))    # one colour an image
+    assert all(len(one[:, where].unique(dim=1).T) == 1 for one, where in zip(x, erased))  # one colour an image
 
     def is_rectangle(area):
         return area.sum() == area.any(0).sum() * area.any(1).sum()
+
     assert all(is_rectangle(area) for area in erased)
     assert not all(is_rectangle(area) for area in erased_of(make_args(reprob=1.0, recount=2))[1])
 
@@ -273,6 +294,7 @@ def test_random_erasing_repeats_with_the_seed(num_workers):
         random.seed(seed)
         torch.manual_seed(seed)
         return erased_of(make_args(reprob=0.5), n=20, num_workers=num_workers)[0]
+
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
 
@@ -288,6 +310,6 @@ def test_batches_on_the_gpu_outlive_their_variables(pin_mem):
         seen = []
         for x, _ in loader:
             torch.cuda._sleep(50_000_000)
-            seen.append(x.mean((0, 2, 3)))    # queued behind the sleep
+            seen.append(x.mean((0, 2, 3)))  # queued behind the sleep
         assert x.device == device
         torch.testing.assert_close(torch.stack(seen).cpu(), normalised(torch.arange(12)[None, :, None] / 255)[..., 0].T)

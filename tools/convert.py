@@ -1,9 +1,10 @@
 """Weights from any layout that weights.py reads into ours, KAT's or FlashKAT's.
 
-    python tools/convert.py kat_tiny_patch16_224.pth.tar OUT/kat_tiny.pth                         # main.py --eval --resume OUT/kat_tiny.pth
-    python tools/convert.py vit_tiny.npz OUT/kat_tiny.pth --model kat_tiny_gelu_patch16_224       # a KAT that starts as the ViT
-    python tools/convert.py OUT/best_checkpoint.pth OUT/kat_tiny_patch16_224.pth --to kat         # for KAT's published code
+python tools/convert.py kat_tiny_patch16_224.pth.tar OUT/kat_tiny.pth                         # main.py --eval --resume OUT/kat_tiny.pth
+python tools/convert.py vit_tiny.npz OUT/kat_tiny.pth --model kat_tiny_gelu_patch16_224       # a KAT that starts as the ViT
+python tools/convert.py OUT/best_checkpoint.pth OUT/kat_tiny_patch16_224.pth --to kat         # for KAT's published code
 """
+
 import sys
 from pathlib import Path
 
@@ -36,14 +37,24 @@ def get_args_parser() -> Parser:
     p = Parser("convert.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("source", metavar="SOURCE", help="a path, a URL or hf_hub:USER/NAME")
     p.add_argument("target", metavar="TARGET", help="file to write; *.safetensors holds the tensors alone")
-    p.add_argument("--to", default="ours", choices=["ours", *LAYOUTS], help="a checkpoint for main.py, or bare weights under the names of KAT's or "
-                   "FlashKAT's code (default: ours)")
+    p.add_argument(
+        "--to",
+        default="ours",
+        choices=["ours", *LAYOUTS],
+        help="a checkpoint for main.py, or bare weights under the names of KAT's or FlashKAT's code (default: ours)",
+    )
     p.add_argument("--model", help="model to fill, of the source's or another kind (default: the source's)")
-    p.add_argument("--model-kwargs", nargs="*", metavar="KEY=VALUE", help="further options of the model (default: the source's)")
+    p.add_argument(
+        "--model-kwargs", nargs="*", metavar="KEY=VALUE", help="further options of the model (default: the source's)"
+    )
     p.add_argument("--input-size", type=int, help="image side, pixels (default: the source's)")
     p.add_argument("--nb-classes", type=int, help="outputs of the classifier (default: the source's)")
-    p.add_argument("--use-ema", action=BooleanOptionalAction, help="averaged or raw weights (default: the better ones if the source says so, else the "
-                   "averaged ones if there are any)")
+    p.add_argument(
+        "--use-ema",
+        action=BooleanOptionalAction,
+        help="averaged or raw weights (default: the better ones if the source says so, else the "
+        "averaged ones if there are any)",
+    )
     p.add_argument("--force", action="store_true", help="replace TARGET if it exists")
     return p
 
@@ -56,10 +67,20 @@ def describe(checkpoint: dict, options: Namespace, source: str) -> Arguments:
     if not options.model and not (checkpoint.get("args") or {}).get("model"):
         raise UserError(f"{source} does not say which model it is of: name it with --model")
     argv = ["--eval", f"--resume={source}"]
-    argv += [f"--{key}={value}" for key in ("model", "input_size", "nb_classes") if (value := getattr(options, key, None)) is not None]
+    argv += [
+        f"--{key}={value}"
+        for key in ("model", "input_size", "nb_classes")
+        if (value := getattr(options, key, None)) is not None
+    ]
     argv += [] if options.use_ema is None else ["--use-ema" if options.use_ema else "--no-use-ema"]
     argv += ["--model-kwargs", *options.model_kwargs] if getattr(options, "model_kwargs", None) else []
-    return parse(argv, lambda _: {**checkpoint, "args": {key: value for key, value in (checkpoint.get("args") or {}).items() if key in DESCRIPTION}})[0]
+    return parse(
+        argv,
+        lambda _: {
+            **checkpoint,
+            "args": {key: value for key, value in (checkpoint.get("args") or {}).items() if key in DESCRIPTION},
+        },
+    )[0]
 
 
 def convert(options: Namespace) -> None:
@@ -71,30 +92,48 @@ def convert(options: Namespace) -> None:
     if target.exists() and not options.force:
         raise UserError(f"{target} exists already: name another file, or replace it with --force")
     if not target.parent.is_dir() or target.suffix == ".npz":
-        raise UserError(f"cannot write {target}: " + (".npz is read, not written" if target.parent.is_dir() else f"there is no folder {target.parent}"))
+        raise UserError(
+            f"cannot write {target}: "
+            + (".npz is read, not written" if target.parent.is_dir() else f"there is no folder {target.parent}")
+        )
     checkpoint = weights.read(options.source)
     args = describe(checkpoint, options, options.source)
     chosen, which = choose(checkpoint, args.use_ema)
     outputs = outputs_of(checkpoint, args) or 0
     utils.seed_everything(args.seed)  # what the source lacks is drawn the same every time
     model = build_model(args, options.nb_classes or outputs, weights_follow=True)
-    if isinstance(model, KATMixin):  # was built bare: timm's initialisation is enough for a classifier, KAT's takes long
+    if isinstance(
+        model, KATMixin
+    ):  # was built bare: timm's initialisation is enough for a classifier, KAT's takes long
         model.weight_init_mode = ""
         model.init_weights()
     print(*load_matching(model, chosen, f"{options.source} ({which} weights)"), sep="\n")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     for name, value in chosen.items():
         if COEFFICIENTS.search(name) and name in state and state[name].shape != value.shape:
-            raise UserError(f"{options.source}: {name} has shape {tuple(value.shape)} and the model {tuple(state[name].shape)}: name its degrees and "
-                            "groups, such as --model-kwargs 'degrees=(5, 4)' num_groups=8 numerator_groups=1")
+            raise UserError(
+                f"{options.source}: {name} has shape {tuple(value.shape)} and the model {tuple(state[name].shape)}: name its degrees and "
+                "groups, such as --model-kwargs 'degrees=(5, 4)' num_groups=8 numerator_groups=1"
+            )
     if options.to != "ours":
         state = published(state, options.to)
     elif target.suffix != ".safetensors":
         classes = checkpoint.get("classes") if model.num_classes == outputs else None
-        state = {"model": state, "args": {key: args.plain()[key] for key in DESCRIPTION}, "versions": utils.versions(),
-                 **({"classes": classes} if classes else {})}
+        state = {
+            "model": state,
+            "args": {key: args.plain()[key] for key in DESCRIPTION},
+            "versions": utils.versions(),
+            **({"classes": classes} if classes else {}),
+        }
     try:
-        utils.write_atomically(target, lambda file: file.write(safetensors.torch.save(state)) if target.suffix == ".safetensors" else torch.save(state, file))
+        utils.write_atomically(
+            target,
+            lambda file: (
+                file.write(safetensors.torch.save(state))
+                if target.suffix == ".safetensors"
+                else torch.save(state, file)
+            ),
+        )
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise UserError(f"cannot write {target} ({utils.first_line(error)})") from error
     print(f"{target}: {args.model}, {args.input_size} pixels, {model.num_classes} outputs")
@@ -106,14 +145,24 @@ def published(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     Raises: UserError for a model that the code cannot build.
     """
     shapes = {name: tuple(value.shape) for name, value in state.items() if COEFFICIENTS.search(name)}
-    faults = [f"{name} has shape {shape}" for name, shape in shapes.items() for right in [(1, 6) if name.endswith("numerator") else (8, 4)]
-              if shape[-1] != right[-1] or layout == "kat" and shape != right]
+    faults = [
+        f"{name} has shape {shape}"
+        for name, shape in shapes.items()
+        for right in [(1, 6) if name.endswith("numerator") else (8, 4)]
+        if shape[-1] != right[-1] or layout == "kat" and shape != right
+    ]
     faults += ["there is Kolmogorov-Arnold attention"] * any(kind(name) == "karat" for name in state)
-    faults += ["there are no rational functions"] * (not shapes) + ["there is a distillation token"] * ("dist_token" in state)
+    faults += ["there are no rational functions"] * (not shapes) + ["there is a distillation token"] * (
+        "dist_token" in state
+    )
     if faults:
         raise UserError(f"--to {layout}: {LAYOUTS[layout]}'s code has no such model: {faults[0]}")
-    return {COEFFICIENTS.sub(lambda match: match[0].replace("weight_", "") + "_v", name) if layout == "flashkat" else name: value
-            for name, value in state.items()}
+    return {
+        COEFFICIENTS.sub(lambda match: match[0].replace("weight_", "") + "_v", name)
+        if layout == "flashkat"
+        else name: value
+        for name, value in state.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

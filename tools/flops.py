@@ -24,6 +24,7 @@ Its totals (1.425, 4.941, 17.847) are, to all digits and for all three models, t
 a block were counted at 4 per element, which is fvcore's figure for norms without weights. Why is not published, and the same norms stand with 5 in the
 ViT-T to which they are compared; so this tool does not follow, and prints 1.426, 4.943 and 17.850.
 """
+
 import sys
 from pathlib import Path
 
@@ -53,15 +54,29 @@ FORMULAS = {
     "spline": lambda b: (2 * b.order + 1) * b.grid + 3 * b.order**2,
     "wavelet": lambda b: 5,
 }
-PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum")  # of two activations: what attention takes
-COLUMNS = {"model": "model", "parameters": "params M", "trainable": "trainable M", "without_attention_products": "GFLOPs without attention products",
-           "with_attention_products": "with them", "kan": "KAN functions alone"}
+PRODUCTS = (
+    "scaled_dot_product_attention",
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+)  # of two activations: what attention takes
+COLUMNS = {
+    "model": "model",
+    "parameters": "params M",
+    "trainable": "trainable M",
+    "without_attention_products": "GFLOPs without attention products",
+    "with_attention_products": "with them",
+    "kan": "KAN functions alone",
+}
 
 
 def function_flops(basis: Basis) -> int:
     """c above: FLOPs of one function at one point. Raises: UserError for a basis without a formula."""
     if basis.name not in FORMULAS:
-        raise UserError(f"there is no formula for the FLOPs of the {basis.name} basis: tools/flops.py lists them in FORMULAS")
+        raise UserError(
+            f"there is no formula for the FLOPs of the {basis.name} basis: tools/flops.py lists them in FORMULAS"
+        )
     return FORMULAS[basis.name](basis)
 
 
@@ -71,7 +86,10 @@ def kan_flops(module: GroupRational | GroupBasis | KArAtOperator, size: int) -> 
         return size * FORMULAS["rational"](module)
     if isinstance(module, GroupBasis):
         return size * function_flops(module.basis)
-    edges = sum(layer.in_features * layer.out_features * (function_flops(layer.basis) + (layer.base_fn is not None)) for layer in module.layers)
+    edges = sum(
+        layer.in_features * layer.out_features * (function_flops(layer.basis) + (layer.base_fn is not None))
+        for layer in module.layers
+    )
     projections = sum(w[0].numel() for w in (module.project_in, module.project_out) if w is not None)
     return size * module.num_heads * (edges + projections)
 
@@ -123,14 +141,24 @@ def count(model: nn.Module, input_size: int) -> dict[str, int]:
             raise UserError("FLOPs are counted by fvcore, which is not installed: pip install fvcore") from error
         image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
         with _own_functions_replaced(model.eval()) as seen:
-            analysis = FlopCountAnalysis(model, image).set_op_handle("aten::scaled_dot_product_attention", _attention_products)
+            analysis = FlopCountAnalysis(model, image).set_op_handle(
+                "aten::scaled_dot_product_attention", _attention_products
+            )
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             traced = {name: int(flops) for name, flops in analysis.by_operator().items()}
-    own, products = sum(kan_flops(*each) for each in seen), sum(flops for name, flops in traced.items() if name in PRODUCTS)
+    own, products = (
+        sum(kan_flops(*each) for each in seen),
+        sum(flops for name, flops in traced.items() if name in PRODUCTS),
+    )
     total = sum(traced.values()) + own
     parameters = list(model.parameters())
-    return {"parameters": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "without_attention_products": total - products, "with_attention_products": total, "kan": own}
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "without_attention_products": total - products,
+        "with_attention_products": total,
+        "kan": own,
+    }
 
 
 def arguments_of(names: list[str], argv: list[str]) -> list[Arguments]:
@@ -158,14 +186,28 @@ def arguments_of(names: list[str], argv: list[str]) -> list[Arguments]:
 def table(rows: list[dict]) -> str:
     """Millions of parameters, giga-FLOPs."""
     cells = [list(COLUMNS.values())]
-    cells += [[row["model"], *(f"{row[key] / (1e6 if key in ('parameters', 'trainable') else 1e9):.4f}" for key in list(COLUMNS)[1:])] for row in rows]
+    cells += [
+        [
+            row["model"],
+            *(f"{row[key] / (1e6 if key in ('parameters', 'trainable') else 1e9):.4f}" for key in list(COLUMNS)[1:]),
+        ]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in cells)
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in cells
+    )
 
 
 def options_parser() -> Parser:
-    p = Parser("flops.py", description=__doc__.splitlines()[0], epilog="All flags of main.py are taken too, such as --nb-classes (default: the model's), "
-               "--input-size, --grid and --mlp-basis.", allow_abbrev=False)
+    p = Parser(
+        "flops.py",
+        description=__doc__.splitlines()[0],
+        epilog="All flags of main.py are taken too, such as --nb-classes (default: the model's), "
+        "--input-size, --grid and --mlp-basis.",
+        allow_abbrev=False,
+    )
     p.add_argument("--model", "-m", nargs="+", required=True, metavar="NAME", help="one or more models")
     p.add_argument("--json", metavar="FILE", help="also write the rows there, in units of one")
     return p

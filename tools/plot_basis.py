@@ -1,7 +1,8 @@
 """Draw the functions that each basis starts training from: one panel per basis and wavelet, published init on the left, scaled on the right.
 
-    python tools/plot_basis.py --out bases.png
+python tools/plot_basis.py --out bases.png
 """
+
 import sys
 from pathlib import Path
 
@@ -20,8 +21,15 @@ HIGHEST = 6.0  # |phi| shown: steep rational functions leave the panel
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("plot_basis.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default="bases.png", metavar="FILE", help="picture to write; the ending chooses the format (png, pdf, svg)")
+    p = argparse.ArgumentParser(
+        "plot_basis.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument(
+        "--out",
+        default="bases.png",
+        metavar="FILE",
+        help="picture to write; the ending chooses the format (png, pdf, svg)",
+    )
     p.add_argument("--draws", type=int, default=4, metavar="N", help="functions in each panel")
     p.add_argument("--seed", type=int, default=0, help="seed of the functions, the same for every panel")
     p.add_argument("--fan-in", type=int, default=1, metavar="N", help="functions summed up, for the scaled init")

@@ -1,7 +1,8 @@
 """The most probable classes of images.
 
-    python tools/predict.py IMAGE [IMAGE ...] --checkpoint OUT/best_checkpoint.pth
+python tools/predict.py IMAGE [IMAGE ...] --checkpoint OUT/best_checkpoint.pth
 """
+
 import sys
 from pathlib import Path
 
@@ -29,13 +30,28 @@ def get_args_parser() -> Parser:
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="a path, a URL or hf_hub:USER/NAME")
     p.add_argument("--model", help="the checkpoint's model (default: what the checkpoint or its name says)")
-    p.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="its options, where the checkpoint does not say them, such as act_init=relu")
+    p.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="its options, where the checkpoint does not say them, such as act_init=relu",
+    )
     p.add_argument("--input-size", type=int, help="image side, pixels (default: the checkpoint's)")
     p.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print for each image (default: 5)")
-    p.add_argument("--classes", metavar="FILE", help="names of the outputs, one a line (default: the checkpoint's, else ImageNet's)")
-    p.add_argument("--use-ema", action=BooleanOptionalAction, help="averaged or raw weights (default: the better ones if the checkpoint says so, else "
-                   "the averaged ones if there are any)")
-    p.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; the CPU where there is no GPU (default: cuda)")
+    p.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="names of the outputs, one a line (default: the checkpoint's, else ImageNet's)",
+    )
+    p.add_argument(
+        "--use-ema",
+        action=BooleanOptionalAction,
+        help="averaged or raw weights (default: the better ones if the checkpoint says so, else "
+        "the averaged ones if there are any)",
+    )
+    p.add_argument(
+        "--device", default="cuda", help="cuda, cuda:N or cpu; the CPU where there is no GPU (default: cuda)"
+    )
     return p
 
 
@@ -60,6 +76,7 @@ def names_of(outputs: int, trained_on: list[str] | None, file: str | None) -> li
             return description(name)
         except KeyError:  # not a wnid
             return name
+
     return [readable(name) for name in names] + [f"class {index}" for index in range(len(names), outputs)]
 
 
@@ -77,7 +94,9 @@ def predict(options: Namespace) -> int:
     device = utils.init_world(options.device).device
     model.to(device)
     transform, unread = build_transform(False, args), 0
-    mean, std = (torch.tensor([255 * v for v in values], device=device)[:, None, None] for values in (args.mean, args.std))
+    mean, std = (
+        torch.tensor([255 * v for v in values], device=device)[:, None, None] for values in (args.mean, args.std)
+    )
     for path in options.images:
         try:
             image = torch.as_tensor(transform(load_image("", os.fsencode(path))), device=device)
@@ -86,7 +105,12 @@ def predict(options: Namespace) -> int:
             unread += 1
             continue
         probabilities, indices = model((image - mean)[None] / std)[0].softmax(-1).topk(min(options.topk, len(names)))
-        print(path, *(f"{100 * p:7.2f} %  {names[i]}" for p, i in zip(probabilities.tolist(), indices.tolist())), sep="\n", flush=True)
+        print(
+            path,
+            *(f"{100 * p:7.2f} %  {names[i]}" for p, i in zip(probabilities.tolist(), indices.tolist())),
+            sep="\n",
+            flush=True,
+        )
     return unread
 
 
