@@ -14,8 +14,8 @@ from torch import nn
 
 from kan_basis import BASES
 from kan_basis.basis import INITS as KARAT_INITS
-from kan_basis.pade import VERSIONS
 from kan_basis.group import TARGETS
+from kan_basis.pade import VERSIONS
 from kan_basis.rational import KERNELS, presets
 from kan_basis.wavelet import WAVELETS
 from models.karat import KArAtMixin

@@ -12,13 +12,12 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "speed.txt", "args.json", "curves.png")
 
@@ -150,7 +149,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def versions() -> dict[str, str]:
     """What a result depends on: packages, GPU, commit of this repository."""
     import timm

@@ -8,7 +8,7 @@ import importlib.util
 import struct
 import threading
 import warnings
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,13 +17,13 @@ FOLDER = Path(__file__).resolve().parent
 OPTIONS = ("-std=c++17",)
 
 
-@lru_cache(maxsize=None)
+@cache
 def available() -> bool:
     """Whether kernels can be launched here: CuPy is installed."""
     return importlib.util.find_spec("cupy") is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _new_enough(device: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
@@ -42,7 +42,7 @@ def runs_on(device: int | None) -> bool:
     return not torch.cuda.is_available() or _new_enough(torch.cuda.current_device() if device is None else device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def source(file: str) -> str:
     """The text of a .cu file with the headers of this folder in place of their #include lines: one text to compile and to cache."""
     lines = []
@@ -116,12 +116,12 @@ class Kernel:
                 self.launch(self.handle, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, 0, memory.address)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(file: str, name: str, types: str, shared_bytes: int, device: int) -> Kernel:
     return Kernel(file, name, types, shared_bytes, device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

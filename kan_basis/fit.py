@@ -7,8 +7,8 @@ prints the coefficients and the largest error and draws target, fit and error; `
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 from numpy.polynomial.polynomial import polyval

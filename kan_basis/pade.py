@@ -9,7 +9,7 @@ Source: Molina et al. 2020 (arXiv:1907.06732), versions A and B; Maity et al. 20
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def _unit_scale(power: int) -> float:
     return 1 / math.sqrt(math.prod(range(1, 2 * power, 2)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _second_moment(m: int, n: int, version: str, draws: int = 4096) -> float:
     """M above: over x by quadrature, over b by a mean of fixed draws."""
     scale = torch.tensor([_unit_scale(j) for j in range(1, n + 1)], dtype=torch.float64, device="cpu")

@@ -13,14 +13,15 @@ import json
 import math
 import os
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 try:  # registers the operators; CuPy is imported at the first launch
-    from cuda import launch, rational as kernel
+    from cuda import launch
+    from cuda import rational as kernel
 except ImportError as error:  # another package of that name
     kernel, _operators, _why_not = None, None, f"the kernels in cuda/ cannot be imported ({error})"
 else:
@@ -54,7 +55,7 @@ def use_kernel(choice: str) -> None:
     _choice = choice
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once() -> None:
     warnings.warn(
         f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {_why_not}", stacklevel=4
@@ -325,13 +326,13 @@ def _chunks(x3: Tensor):
     return (slice(i, i + rows) for i in range(0, x3.shape[0], rows))
 
 
-@lru_cache(maxsize=None)
+@cache
 def presets() -> dict[str, dict]:
     """Coefficients by name, with the target, the interval and the largest error of each (presets.json)."""
     return json.loads(Path(__file__).with_name("presets.json").read_text())
 
 
-@lru_cache(maxsize=None)
+@cache
 def preset_coefficients(mode: str, degrees: tuple[int, int]) -> tuple[list[float], list[float]]:
     """a_0..a_m and b_1..b_n of a preset. Larger degrees are filled with zeros, smaller ones fitted anew.
 

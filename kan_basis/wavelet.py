@@ -8,7 +8,7 @@ that is no function of x.
 """
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

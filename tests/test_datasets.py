@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision.datasets as tv
+from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise, photographs
 from PIL import Image
 from scipy.io import savemat
 from torchvision import transforms as T
 
 import datasets
-from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise, photographs
 from datasets import DATASETS, DataError, build_datasets, register_dataset, stratified_indices
 from transforms import build_loader
 

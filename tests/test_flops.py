@@ -13,6 +13,7 @@ from kan_basis import BASES, make_basis
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tools"))
 import flops  # noqa: E402
+
 from kan_options import model_options  # noqa: E402
 
 pytest.importorskip("fvcore", reason="FLOPs are counted by fvcore, which is not installed")

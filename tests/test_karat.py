@@ -5,13 +5,13 @@ import itertools
 import pytest
 import timm
 import torch
+from karat_oracle import BASES, STAGES, Largest, basis, literal_sigma, operator
 from timm.models.vision_transformer import Attention
 from torch import nn
 
 import models  # noqa: F401
 from kan_basis import layer as kan
 from kan_basis.simplex import project_l1
-from karat_oracle import BASES, STAGES, Largest, basis, literal_sigma, operator
 from models.karat import KArAtAttention, attention_scores, base_function, parse_blocks
 from models.operator import KArAtOperator
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from karat_oracle import BASES, Largest, basis, literal_sums, randomised
 from torch import nn
 
 from kan_basis import BASES as REGISTRY
@@ -9,7 +10,6 @@ from kan_basis import layer as kan
 from kan_basis import make_basis
 from kan_basis.layer import KANLayer, in_chunks
 from kan_basis.simplex import project_l1
-from karat_oracle import BASES, Largest, basis, literal_sums, randomised
 
 
 @pytest.fixture

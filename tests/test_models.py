@@ -1,12 +1,12 @@
-import timm
 import pytest
+import timm
 import torch
+from oracle import rational_oracle
 from timm.models.vision_transformer import Attention
 
 import models  # noqa: F401
 from kan_basis import GroupRational, rational
 from models.kat import GRKANMlp, variance_gain
-from oracle import rational_oracle
 
 OURS = sorted(n for n in timm.list_models("*kat_*") + timm.list_models("vit_micro*"))
 PARAMETERS = {

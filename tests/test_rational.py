@@ -3,11 +3,11 @@ import time
 import pytest
 import timm
 import torch
+from oracle import rational_oracle
 
 import models  # noqa: F401
 from kan_basis import GroupRational, rational
 from kan_basis.rational import CHUNK, preset_coefficients, presets
-from oracle import rational_oracle
 
 NAMES = ("output", "grad x", "grad numerator", "grad denominator")
 

@@ -1,10 +1,10 @@
 import pytest
 import timm
 import torch
+from karat_oracle import BASES, STAGES, basis, operator
 from torch.nn import functional as F
 
 import models  # noqa: F401
-from karat_oracle import BASES, STAGES, basis, operator
 from models.operator import KArAtOperator
 from models.resample import resample_operator_state
 

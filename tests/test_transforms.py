@@ -8,13 +8,13 @@ import numpy as np
 import PIL
 import pytest
 import torch
+from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise, normalised
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms as T
 
 import transforms
-from data_helpers import CPU, MEAN, POLICIES, STD, make_args, noise, normalised
 from samplers import ExactEvalBatchSampler
 from transforms import build_loader, build_transform
 from utils import UserError

@@ -11,12 +11,12 @@ import os
 from argparse import BooleanOptionalAction, Namespace
 
 import torch
+from convert import describe
 from timm.data import ImageNetInfo
 
 import utils
 import weights
 from arguments import Parser
-from convert import describe
 from datasets import DataError, load_image
 from labels import class_names
 from models.build import build_model, outputs_of
