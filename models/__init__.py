@@ -1,5 +1,5 @@
 """Model names for timm's registry: `import models; timm.create_model("kat_tiny_patch16_224")`."""
 
-from models import karat, kat, vit
+from . import karat, kat, vit
 
 __all__ = ["karat", "kat", "vit"]

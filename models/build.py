@@ -8,8 +8,9 @@ import models  # noqa: F401  enters our names into timm's registry
 import weights
 from arguments import Arguments
 from kan_options import MODEL_FLAGS, model_options, without_unknown_presets
-from models.load import choose, load_all
 from utils import UserError, first_line
+
+from .load import choose, load_all
 
 
 def build_model(args: Arguments, num_classes: int | None, weights_follow: bool = False) -> nn.Module:

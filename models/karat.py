@@ -18,9 +18,10 @@ from torch.nn.modules import activation
 
 from kan_basis import layer as kan
 from kan_basis.basis import make_basis_of
-from models.kat import KAT
-from models.operator import KArAtOperator
-from models.vit import SIZES, build, model_cfg, register
+
+from .kat import KAT
+from .operator import KArAtOperator
+from .vit import SIZES, build, model_cfg, register
 
 _FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()  # torch.bmm(..., out_dtype=torch.float32), CUDA only
 _NOT_ELEMENTWISE = {

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from kan_basis import GroupBasis, GroupRational, group_basis, rational
 from kan_basis.basis import Basis, make_basis_of
-from models.vit import SIZES, build, model_cfg, register
+
+from .vit import SIZES, build, model_cfg, register
 
 INITS = ("released", "variance_preserving")
 _RELEASES = "https://github.com/Adamdad/kat/releases/download/checkpoint/"

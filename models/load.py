@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from kan_basis import GroupBasis
 from kan_basis.basis import Basis
-from models.operator import KArAtOperator
-from models.resample import resample_operators
 from utils import first_line
 from weights import CheckpointError, model_in, prefix_tokens
+
+from .operator import KArAtOperator
+from .resample import resample_operators
 
 
 def known_best(checkpoint: dict) -> str | None:
