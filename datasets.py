@@ -1,7 +1,7 @@
-"""Data sets, one registry. Bad data raises DataError, one sentence, before any training.
+"""Registry of data sets. Bad data raises DataError, with one sentence, before any training.
 
-To add a data set, write a function (args, download) -> (train, validation), two ImageDatasets, under @register_dataset.
-Under args.eval it may leave out the first.
+To add a data set, decorate a function (args, download) -> (train, validation), two ImageDatasets, with
+@register_dataset. With args.eval it may return the validation set alone.
 """
 
 import hashlib
@@ -9,9 +9,10 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +22,26 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from transforms import build_transform
+from utils import UserError
 
-CHECK_LIMIT = 100_000  # images; larger sets are checked while they are read
+CHECK_LIMIT = 100_000  # images; larger sets are only checked while they are read
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
-class DataError(Exception):
-    """Something is wrong with the data; the message is one sentence that names the file or folder."""
+class DataError(UserError):
+    """A fault in the data; the message is one sentence that names the file or folder."""
 
     def __str__(self) -> str:
-        # an error from a DataLoader worker comes back with its traceback in front of the sentence
+        # A DataLoader worker puts its traceback in front of the sentence.
         return super().__str__().rsplit("DataError: ", 1)[-1].strip()
 
 
 class ImageDataset(Dataset):
-    """Labelled images in arrays, which forked workers share and pickle copies quickly, unlike lists of paths.
+    """Labelled images in arrays: unlike lists of paths, forked workers share them and pickle copies them quickly.
 
     images: (n, H, W, 3) uint8, or (n,) file names as bytes, relative to root. targets: (n,) int64.
-    classes: one name per class. transform: PIL RGB image -> uint8 tensor, attached by `build_datasets`.
+    classes: one name per class. transform: PIL RGB image -> uint8 tensor, which `build_datasets` sets.
     """
 
     def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], root: str = ""):
@@ -61,7 +63,7 @@ class ImageDataset(Dataset):
         if size is None:
             return self
         if not 1 <= size <= len(self):
-            raise DataError(f"a subset of {size} images was asked for, of a set that has {len(self)}")
+            raise DataError(f"a subset of {size} images was requested from a set of {len(self)}")
         chosen = stratified_indices(self.targets, size, seed)
         return ImageDataset(self.images[chosen], self.targets[chosen], self.classes, self.root)
 
@@ -71,19 +73,19 @@ def load_image(root: str, name: bytes) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:  # A corrupt file can raise almost any exception in Pillow's decoders.
         raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def stratified_indices(targets: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Sorted indices of `size` samples, a function of (targets, size, seed); each class keeps its share to within one.
+    """Sorted indices of `size` samples, a function of (targets, size, seed); class shares are exact to within one.
 
-    The j-th of the n_c shuffled samples of class c has quota (j + 1/2) / n_c, and the lowest quotas are taken
-    (Sainte-Lague's method). With one seed a smaller subset lies within a larger one.
+    The j-th of the n_c shuffled samples of class c has the quota (j + 1/2) / n_c, and the lowest quotas are chosen
+    (Sainte-Lague's method). For one seed, a smaller subset is part of a larger one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(targets))
-    order = order[np.argsort(targets[order], kind="stable")]  # one class after another, each shuffled
+    order = order[np.argsort(targets[order], kind="stable")]  # one class after another, each of them shuffled
     counts = np.bincount(targets)
     position = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
     quota = (position + 0.5) / np.repeat(counts, counts)
@@ -104,90 +106,70 @@ def register_dataset(*names: str) -> Callable:
     return register
 
 
-@register_dataset("CIFAR10", "CIFAR100", "CIFAR")  # CIFAR is DeiT's name for CIFAR100
+@register_dataset("CIFAR10", "CIFAR100", "CIFAR")  # CIFAR is DeiT's name for CIFAR100.
 def cifar(args: Namespace, download: bool):
     source = tv.CIFAR10 if args.data_set == "CIFAR10" else tv.CIFAR100
-    parts = _torchvision(
-        source,
-        args,
-        download,
-        [{"train": True}, {"train": False}],
-        f"{source.filename} from {source.url} into {args.data_path}",
-    )
-    return tuple(ImageDataset(part.data, part.targets, part.classes) for part in parts)
+    parts = _torchvision(source, args, download, f"{source.filename} from {source.url}", True, False)
+    return [ImageDataset(part.data, part.targets, part.classes) for part in parts]
 
 
-@register_dataset("SVHN")
-def svhn(args: Namespace, download: bool):
-    urls = " and ".join(tv.SVHN.split_list[split][0] for split in ("train", "test"))
-    parts = _torchvision(
-        tv.SVHN, args, download, [{"split": "train"}, {"split": "test"}], f"{urls} into {args.data_path}"
-    )
-    return tuple(ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, list("0123456789")) for part in parts)
-
-
-@register_dataset("STL10")
-def stl10(args: Namespace, download: bool):
-    parts = _torchvision(
-        tv.STL10,
-        args,
-        download,
-        [{"split": "train"}, {"split": "test"}],
-        f"{tv.STL10.filename} from {tv.STL10.url} into {args.data_path}",
-    )
-    return tuple(ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, part.classes) for part in parts)
+@register_dataset("SVHN", "STL10")
+def svhn_and_stl10(args: Namespace, download: bool):
+    source, files = tv.STL10, f"{tv.STL10.filename} from {tv.STL10.url}"
+    if args.data_set == "SVHN":
+        source = tv.SVHN
+        files = " and ".join(source.split_list[split][0] for split in ("train", "test"))
+    parts = _torchvision(source, args, download, files, "train", "test")
+    classes = getattr(parts[0], "classes", list("0123456789"))
+    return [ImageDataset(part.data.transpose(0, 2, 3, 1), part.labels, classes) for part in parts]
 
 
 @register_dataset("Flowers102")
 def flowers102(args: Namespace, download: bool):
-    """Train and val splits together for training (2,040 images), as usual in fine-tuning; 6,149 test images."""
-    splits = _torchvision(
-        tv.Flowers102,
-        args,
-        download,
-        [{"split": split} for split in ("train", "val", "test")],
-        "102flowers.tgz, imagelabels.mat and setid.mat from https://www.robots.ox.ac.uk/~vgg/data/"
-        f"flowers/102/ into {Path(args.data_path, 'flowers-102')}",
+    """Training on the train and val splits together (2,040 images), as usual in fine-tuning; 6,149 test images."""
+    files = (
+        "a folder flowers-102 with 102flowers.tgz, imagelabels.mat and setid.mat from "
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
     )
-    classes = getattr(tv.Flowers102, "classes", [str(c) for c in range(102)])  # older torchvision has no names
+    splits = _torchvision(tv.Flowers102, args, download, files, "train", "val", "test")
+    classes = getattr(tv.Flowers102, "classes", [str(c) for c in range(102)])  # Older torchvision has no names.
 
-    def join(*parts) -> ImageDataset:  # torchvision keeps files and labels private
+    def join(*parts) -> ImageDataset:  # torchvision has no public attributes for files and labels.
         names = [os.fsencode(os.path.relpath(file, args.data_path)) for part in parts for file in part._image_files]
         return ImageDataset(np.array(names), [c for part in parts for c in part._labels], classes, str(args.data_path))
 
     return [join(*part) for part in (splits[:-1], splits[-1:]) if part]
 
 
-def _torchvision(source: type, args: Namespace, download: bool, splits: list[dict], files: str) -> list:
-    """The splits, the last for validation; under args.eval only that."""
+def _torchvision(source: type, args: Namespace, download: bool, files: str, *splits) -> list:
+    """The splits of a data set of torchvision; with args.eval only the last one, for validation."""
     try:
-        return [source(args.data_path, download=download, **split) for split in splits[-1 if args.eval else 0 :]]
+        return [source(args.data_path, split, download=download) for split in splits[-1 if args.eval else 0 :]]
     except (OSError, RuntimeError, HTTPException) as error:
         raise DataError(
-            f"{args.data_set} is not complete in {args.data_path} and could not be downloaded ({error}): put {files}"
+            f"{args.data_set} is not complete in {args.data_path} and could not be downloaded ({error}): "
+            f"put {files} into {args.data_path}"
         ) from error
 
 
 @register_dataset("DIGITS")
 def digits(args: Namespace, download: bool):
-    """scikit-learn's 1,797 scanned 8x8 digits, which need no download: 1,500 for training, 297 for validation."""
+    """scikit-learn's 1,797 scanned 8x8 digits, without download: 1,500 for training, 297 for validation."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     source = load_digits()
     grey = np.round(source.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
     images = np.repeat(grey[..., None], 3, axis=-1)
-    split = train_test_split(
-        np.arange(len(images)), train_size=1500, test_size=297, stratify=source.target, random_state=0
-    )
-    return tuple(ImageDataset(images[part], source.target[part], list("0123456789")) for part in split)
+    parts = train_test_split(images, source.target, train_size=1500, stratify=source.target, random_state=0)
+    return [ImageDataset(part, targets, list("0123456789")) for part, targets in zip(parts[:2], parts[2:])]
 
 
 @register_dataset("IMNET")
 def image_folders(args: Namespace, download: bool):
-    """Any tree train/<class>/*.jpg and val/<class>/*.jpg, such as ImageNet; the classes are those of the tree.
+    """Any tree train/<class>/*.jpg and val/<class>/*.jpg, such as ImageNet; its folders are the classes.
 
-    Under args.eval train is not read, and a tree <class>/*.jpg will do.
+    With args.eval train is not read, and a tree <class>/*.jpg is enough.
     """
     root = str(args.data_path)
     if not os.path.isdir(root):
@@ -207,13 +189,10 @@ def image_folders(args: Namespace, download: bool):
     if args.eval:
         return [_image_folder(root, val_folder)]
     train, val = _image_folder(root, "train"), _image_folder(root, val_folder)
-    differences = [
-        f"only in {folder}: {_some(sorted(set(a.classes) - set(b.classes)))}"
-        for folder, a, b in (("train", train, val), (val_folder, val, train))
-        if set(a.classes) - set(b.classes)
-    ]
-    if differences:
-        raise DataError(f"{root}: train and {val_folder} have different classes, {'; '.join(differences)}")
+    extra = {"train": {*train.classes} - {*val.classes}, val_folder: {*val.classes} - {*train.classes}}
+    if any(extra.values()):
+        differences = "; ".join(f"only in {folder}: {_some(sorted(names))}" for folder, names in extra.items() if names)
+        raise DataError(f"{root}: train and {val_folder} have different classes, {differences}")
     return train, val
 
 
@@ -223,8 +202,8 @@ def _image_folder(root: str, folder: str) -> ImageDataset:
         tree = tv.ImageFolder(path, allow_empty=True)
     except OSError as error:
         raise DataError(f"{path} has no class folders that can be read ({error})") from error
-    counts = np.bincount(np.array(tree.targets, dtype=np.int64), minlength=len(tree.classes))
-    empty = [os.path.join(path, name) for name, count in zip(tree.classes, counts) if count == 0]
+    filled = set(tree.targets)
+    empty = [os.path.join(path, name) for name, label in tree.class_to_idx.items() if label not in filled]
     if empty:
         raise DataError(f"class folders without any image ({', '.join(tree.extensions)}): {_some(empty)}")
     names = np.array([os.fsencode(os.path.relpath(file, root)) for file, _ in tree.samples])
@@ -233,14 +212,14 @@ def _image_folder(root: str, folder: str) -> ImageDataset:
 
 @register_dataset("INAT", "INAT19")
 def inaturalist(args: Namespace, download: bool):
-    """iNaturalist 2018 and 2019; the classes are the values of args.inat_category, such as each genus.
+    """iNaturalist 2018 and 2019; args.inat_category says what the classes are, such as genera.
 
-    They are numbered as in DeiT, in the order in which the training annotations first name them.
+    Classes are numbered in the order in which the training annotations first name them, as in DeiT.
     """
     root, year = str(args.data_path), 2018 if args.data_set == "INAT" else 2019
 
     def part(images: list[dict]) -> ImageDataset:
-        paths = [image["file_name"].split("/") for image in images]  # such as train_val2018, Aves, 2820, <file>
+        paths = [image["file_name"].split("/") for image in images]  # train_val2018, Aves, 2820, <file>
         found = [values[int(category)] for _, _, category, _ in paths]
         unseen = sorted(set(found) - set(labels))
         if unseen:
@@ -248,7 +227,7 @@ def inaturalist(args: Namespace, download: bool):
                 f"{root} has images of a {args.inat_category} that train{year}.json has no annotation of: "
                 f"{_some(unseen)}"
             )
-        if not os.path.isdir(os.path.join(root, *paths[0][:2])):  # not as the archives extract, but as DeiT reads it
+        if not os.path.isdir(os.path.join(root, *paths[0][:2])):  # DeiT's layout leaves out the second folder.
             paths = [[folder, category, file] for folder, _, category, file in paths]
         names = np.array([os.fsencode(os.path.join(*path)) for path in paths])
         return ImageDataset(names, [labels[value] for value in found], list(labels), root)
@@ -265,7 +244,7 @@ def inaturalist(args: Namespace, download: bool):
 
 @contextmanager
 def _inat_json(root: str, name: str) -> Iterator:
-    """The content of a JSON file; an error while it is read or used becomes a DataError that names the file."""
+    """The content of a JSON file; an error from reading it or from its structure becomes a DataError with its name."""
     path = os.path.join(root, name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -283,14 +262,14 @@ def build_datasets(
 ) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
     """Training set, validation set and class names of `args.data_set`, with transforms, subsets and checks applied.
 
-    Under args.eval the training set is None and its data may be missing.
-    In distributed runs every rank calls it: rank 0 goes first and alone downloads, and if any rank fails, all raise.
+    With args.eval the training set is None and its data may be missing.
+    In distributed runs every rank calls this function: rank 0 goes first and downloads; if one rank fails, all raise.
     Raises: DataError; UserError for an augmentation policy that timm does not know.
     """
     if args.data_set not in DATASETS:
         raise DataError(f"unknown data set {args.data_set!r}: there are {', '.join(sorted(DATASETS))}")
     for my_turn in (rank == 0, rank != 0):
-        errors = []
+        faults = []
         if my_turn:
             try:
                 if os.path.isfile(args.data_path or ""):
@@ -299,8 +278,8 @@ def build_datasets(
                 train = None if args.eval else train[0].subset(args.train_subset, args.seed)
                 val = val.subset(args.val_subset, args.seed)
             except DataError as error:
-                errors = [str(error)]
-        raise_on_all_ranks(errors)
+                faults = [error]
+        raise_on_all_ranks(faults)
     parts = [val] if train is None else [train, val]
     for part in parts:
         part.transform = build_transform(part is train, args)
@@ -308,24 +287,20 @@ def build_datasets(
     return train, val, parts[0].classes
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def raise_on_all_ranks(errors: list[DataError]) -> None:
+    """Raise the same DataError on every rank if any rank has an error, so that no rank waits for one that stopped."""
+    gathered = [[str(error) for error in errors]]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, gathered[0])
+    if any(gathered):
+        raise DataError(_some(list(dict.fromkeys(chain(*gathered))))) from (errors[0] if errors else None)
 
 
-def raise_on_all_ranks(errors: list[str]) -> None:
-    """Raise the same DataError on every rank if any rank has an error, so that none waits for one that stopped."""
-    if _is_distributed():
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, errors)
-        errors = [error for own in gathered for error in own]
-    if errors:
-        raise DataError(_some(list(dict.fromkeys(errors))))
+def check_images(parts: Sequence[ImageDataset], mode: str, rank: int, world_size: int) -> None:
+    """Decode every image file, split over ranks and threads, and raise one DataError that names the unreadable files.
 
-
-def check_images(parts: Sequence[ImageDataset], mode: str, rank: int = 0, world_size: int = 1) -> None:
-    """Decode every image file, split over ranks and threads, and raise one DataError that names the unreadable ones.
-
-    mode: auto (up to CHECK_LIMIT images, and not again while no file changes), all, off.
+    mode: auto (at most CHECK_LIMIT images, and again only when a file changes), all, off.
     """
     parts = [part for part in parts if part.images.dtype.kind == "S"]  # file names, not pixels
     count = sum(len(part) for part in parts)
@@ -335,37 +310,32 @@ def check_images(parts: Sequence[ImageDataset], mode: str, rank: int = 0, world_
     stamp = _check_stamp(files)
     bad = []
     if mode == "all" or stamp is None or not stamp.exists():
-        mine, threads = files[rank::world_size], min(8, os.cpu_count() or 1)  # decoding releases the GIL
-        with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(_unreadable, [mine[thread::threads] for thread in range(threads)])
-            bad = sorted(error for errors in found for error in errors)
+        with ThreadPool(8) as pool:  # Decoding releases the GIL.
+            faults = pool.imap(_fault, files[rank::world_size], chunksize=64)
+            bad = sorted(filter(None, faults), key=str)
     raise_on_all_ranks(bad)
-    if stamp is not None and (world_size == 1 or _is_distributed()):  # else the shares of other ranks are unknown
-        try:
+    if stamp is not None and (world_size == 1 or dist.is_initialized()):  # else other ranks may have errors
+        with suppress(OSError):  # Without a cache, the next start checks again.
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.touch()
-        except OSError:
-            pass  # no cache: the next start checks again
 
 
-def _unreadable(files: list[tuple[str, bytes]]) -> list[str]:
-    errors = []
-    for root, name in files:
-        try:
-            load_image(root, name)
-        except DataError as error:
-            errors.append(str(error))
-    return errors
+def _fault(file: tuple[str, bytes]) -> DataError | None:
+    try:
+        load_image(*file)
+    except DataError as error:
+        return error
+    return None
 
 
 def _check_stamp(files: list[tuple[str, bytes]]) -> Path | None:
-    """Where to remember that these files were decoded: named by a hash of every name, size and modification time."""
+    """Empty file that marks these files as checked; its name is a hash of all names, sizes and modification times."""
     digest = hashlib.sha256()
     try:
         for root, name in files:
             status = os.stat(os.path.join(os.fsencode(root), name))
             digest.update(b"%s\0%d\0%d\n" % (name, status.st_size, status.st_mtime_ns))
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except (OSError, RuntimeError):  # a broken link, or no home folder
+    except OSError:  # a broken link
         return None
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "kan-vit", "checked-images", digest.hexdigest())

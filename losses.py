@@ -1,4 +1,4 @@
-"""Losses of DeiT's recipes: distillation from a teacher, co-training of two submodels."""
+"""Losses of DeiT's recipes: distillation from a teacher, and co-training of two submodels."""
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +8,19 @@ from torch import Tensor, nn
 class DistillationLoss(nn.Module):
     """(1 - alpha) * base(student, target) + alpha * distance(student, teacher).
 
-    soft: tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), mean over images; hard: cross-entropy with the teacher's class.
-    A student with a distillation token returns (class logits, distillation logits) while training, and the distance is taken on the
-    second; any other student gets both terms on its one output.
+    The soft distance is tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), averaged over images; the hard
+    distance is the cross-entropy with the teacher's class. A student with a distillation token returns (class logits,
+    distillation logits) in training, and the distance is that of the distillation logits; other students have one
+    output for both terms.
 
     Args:
         base: loss of (class logits, target).
         teacher: frozen here and kept in evaluation mode.
         kind: "soft" or "hard".
         alpha: weight of the teacher, 0..1.
-        tau: temperature of the soft loss.
-    The released DeiT code divides the soft distance by the number of classes as well; this is the paper's.
-    Source: Touvron et al. 2021 (arXiv:2012.12877), eq. 2 and 3.
+        tau: temperature of the soft distance.
+    Source: Touvron et al. 2021 (arXiv:2012.12877), eq. 2 and 3. The released code of DeiT also divides the soft
+        distance by the number of classes; this code follows the paper.
     """
 
     def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
@@ -49,9 +50,9 @@ class DistillationLoss(nn.Module):
 
 
 class CosubLoss(nn.Module):
-    """Mean of four binary cross-entropies: of two submodels with the target, and of each with what the other one says.
+    """Mean of four binary cross-entropies: each of two submodels with the targets, and with the other's probabilities.
 
-    The two are draws of stochastic depth: forward takes the outputs (2 B, C) of the same B images twice over.
+    The submodels are two draws of stochastic depth: the outputs are (2 B, C), for the same B images twice.
     Targets: class indices (B,) or shares of the classes (B, C).
     Source: Touvron et al. 2022 (arXiv:2212.04884), eq. 3, with the weights of the released DeiT code.
     """

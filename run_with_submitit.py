@@ -1,6 +1,6 @@
-"""DeiT's command for Slurm: python run_with_submitit.py --nodes 2 --model deit_base_patch16_224 --data-path /path/to/imagenet
+"""DeiT's command for Slurm: python run_with_submitit.py --nodes 2 --model deit_base_patch16_224 --data-path DIR
 
-Submits run_scripts/slurm.sh with sbatch; everything but the options below goes to main.py.
+It submits run_scripts/slurm.sh with sbatch. All options but those below go to main.py.
 """
 
 import argparse
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Everything else goes to main.py.", allow_abbrev=False
+        description=__doc__.splitlines()[0], epilog="All other options go to main.py.", allow_abbrev=False
     )
     p.add_argument("--ngpus", "--gpu", type=int, default=8, help="GPUs of a node (default: 8)")
     p.add_argument("--nodes", "--node", type=int, default=2, help="nodes (default: 2)")
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--use_volta32", action="store_true", help="ask for nodes with the feature volta32gb")
     p.add_argument("--comment", help="a message for the scheduler")
     options, rest = p.parse_known_args(argv)
-    log = Path(ROOT, options.job_dir.rstrip("/") + ".txt")  # Slurm makes no folders
+    log = Path(ROOT, options.job_dir.rstrip("/") + ".txt")  # Slurm creates no folders.
     if "%" not in str(log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
     command = [
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         str(ROOT / "run_scripts" / "slurm.sh"),
     ]
     if not any(argument.split("=")[0] in ("--output_dir", "--output-dir", "--output") for argument in rest):
-        rest += ["--output-dir", options.job_dir]  # slurm.sh puts the job's number for %j
+        rest += ["--output-dir", options.job_dir]  # slurm.sh replaces %j by the job's number.
     try:
         return subprocess.run(command + rest, cwd=ROOT).returncode
     except FileNotFoundError:
         sys.stderr.write(
-            "error: there is no sbatch here: this is for a Slurm cluster; on one machine, use dist_train.sh\n"
+            "error: there is no sbatch here: this command needs a Slurm cluster; on one machine, use dist_train.sh\n"
         )
         return 2
 

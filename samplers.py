@@ -1,4 +1,4 @@
-"""Which image goes to which process: shuffling, repeated augmentation, and evaluation that counts every image once."""
+"""Order of the images and their share for each process: shuffling, repeated augmentation, exact evaluation."""
 
 from collections.abc import Iterator, Sized
 
@@ -7,9 +7,9 @@ from torch.utils.data import DistributedSampler, Sampler
 
 
 class SeededRepeatAugSampler(RepeatAugSampler):
-    """timm's repeated augmentation with an order that depends on (seed, epoch); timm's own depends on the epoch alone.
+    """timm's repeated augmentation, with an order that depends on (seed, epoch), not on the epoch alone as in timm.
 
-    An epoch still has about len(dataset) samples in all: a third of the images, three times each, with 3 repeats.
+    All processes together take about len(dataset) samples per epoch: with 3 repeats a third of the images, three times.
     """
 
     def __init__(self, dataset: Sized, seed: int, **kwargs):
@@ -26,8 +26,8 @@ def train_sampler(dataset: Sized, world_size: int, rank: int, seed: int, repeats
 
     Args:
         dataset: anything with a length; at least one image.
-        repeats: 1 is plain shuffling; above 1, augmented copies of an image in one epoch (DeiT uses 3), which fall on
-            different processes where there are several.
+        repeats: augmented copies of an image in one epoch, on different processes if there are several. 1 is plain
+            shuffling; DeiT uses 3.
     Raises: ValueError if repeats < 1.
     Source: Hoffer et al. 2020 (repeated augmentation); timm's RepeatAugSampler, which comes from DeiT.
     """
@@ -35,19 +35,15 @@ def train_sampler(dataset: Sized, world_size: int, rank: int, seed: int, repeats
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     if repeats == 1:
         return DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
-    # timm rounds the epoch down to a multiple of 256 images: older versions give an empty epoch below that
-    rounding = 256 if len(dataset) >= max(256, world_size) else 0
-    return SeededRepeatAugSampler(
-        dataset, seed, num_replicas=world_size, rank=rank, num_repeats=repeats, selected_round=rounding
-    )
+    return SeededRepeatAugSampler(dataset, seed, num_replicas=world_size, rank=rank, num_repeats=repeats)
 
 
 class ExactEvalBatchSampler(Sampler[list[int]]):
-    """Batches for evaluation: batch b, indices b * batch_size and up, goes whole to rank b % world_size.
+    """Batches for evaluation: the whole batch b, from index b * batch_size on, goes to rank b % world_size.
 
-    Every image is counted exactly once, without padding, and the batches are the same for any number of processes, so
-    that per-batch arithmetic gives the same figures. Ranks may have different numbers of batches, or none: run the
-    model without DistributedDataParallel's collectives, and sum over ranks at the end.
+    Every image occurs exactly once, and the batches are the same for any number of processes, so that sums over the
+    batches are, too. Ranks may have different numbers of batches, or none: run the model without the collectives of
+    DistributedDataParallel, and sum over ranks at the end.
 
     Raises: ValueError if batch_size < 1, num_samples < 0 or rank is not in [0, world_size).
     """
@@ -59,15 +55,11 @@ class ExactEvalBatchSampler(Sampler[list[int]]):
             raise ValueError(f"rank must be in [0, {world_size}), not {rank}")
         self.num_samples = num_samples
         self.batch_size = batch_size
-        self.world_size = world_size
-        self.rank = rank
-
-    def _starts(self) -> range:
-        return range(self.rank * self.batch_size, self.num_samples, self.world_size * self.batch_size)
+        self.starts = range(rank * batch_size, num_samples, world_size * batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in self._starts():
+        for start in self.starts:
             yield list(range(start, min(start + self.batch_size, self.num_samples)))
 
     def __len__(self) -> int:
-        return len(self._starts())
+        return len(self.starts)

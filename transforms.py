@@ -1,37 +1,35 @@
-"""From images to batches on the device: workers crop, resize and augment uint8, the device normalises and erases.
+"""From images to batches on the device: workers crop, resize and augment uint8; the device normalises and erases.
 
-A uint8 batch takes a quarter of the memory traffic between workers, host and device that a normalised one would.
+A uint8 batch needs a quarter of the memory traffic of a normalised one between workers, host and device.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
 
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
 from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.loader import PrefetchLoader
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
+from models.timm_internals import replace_crop, replace_operation
 from utils import UserError
 
-SMALL_INPUT = 32  # pixels; up to this size no random resized crop and no centre crop, as in DeiT
+SMALL_INPUT = 32  # pixels; up to this size there is no random resized crop and no centre crop, as in DeiT
 
 
 def build_transform(is_train: bool, args: Namespace) -> Compose:
     """PIL image -> (3, input_size, input_size) uint8 tensor: timm's transforms with DeiT's choices.
 
-    Training: random resized crop, flips, --aa policy or 3-Augment (which replaces it), colour jitter (as in timm only
-    without a policy or with 3-Augment). Evaluation: resize to input_size / eval_crop_ratio, centre crop. Up to 32
-    pixels the whole image is resized, for training with a random crop after 4 pixels of padding.
+    Training: random resized crop, flips, --aa policy or 3-Augment instead; colour jitter only without a policy or with
+    3-Augment, as in timm. Evaluation: resize to input_size / eval_crop_ratio, centre crop. Up to 32 pixels the whole
+    image is resized, and training crops it at random after 4 pixels of padding.
     Raises: UserError for a policy that timm does not know.
     Source: DeiT (Touvron et al. 2021); 3-Augment and simple random crop (src) from DeiT III (Touvron et al. 2022).
     """
     size = args.input_size
-    common = {"input_size": size, "use_prefetcher": True}  # uint8 at the end
+    common = {"input_size": size, "use_prefetcher": True}  # With the prefetcher the result is uint8.
     if not is_train or args.no_aug:
         if size <= SMALL_INPUT:
             return create_transform(**common, interpolation=args.interpolation, crop_pct=1.0, crop_mode="squash")
@@ -56,43 +54,22 @@ def build_transform(is_train: bool, args: Namespace) -> Compose:
             interpolation=args.train_interpolation,
             color_jitter=args.color_jitter or None,
             auto_augment=None if policy.lower() == "none" else policy,
-            mean=tuple(args.mean),
-        )  # the colour that rotated and shifted images are filled up with
+            mean=tuple(args.mean),  # fills the empty parts of rotated and shifted images
+        )
     except (AssertionError, ValueError) as error:
         raise UserError(f"timm cannot build the training transform with the policy {policy!r} ({error})") from error
-    if args.src or size <= SMALL_INPUT:  # in place of the random resized crop, timm's first step
+    if args.src or size <= SMALL_INPUT:
         fixed = args.interpolation if args.train_interpolation == "random" else args.train_interpolation
-        transform.transforms[:1] = [
-            Resize(size if args.src else (size, size), InterpolationMode(fixed)),
-            RandomCrop(size, padding=4, padding_mode="reflect" if args.src else "constant"),
-        ]
-    for step in transform.transforms:
-        for op in [*getattr(step, "ops", ()), *(op for ops in getattr(step, "policy", ()) for op in ops)]:
-            if isinstance(op, AugmentOp) and op.name.startswith("Posterize"):
-                op.aug_fn = posterize
+        resize = Resize(size if args.src else (size, size), InterpolationMode(fixed))
+        crop = RandomCrop(size, padding=4, padding_mode="reflect" if args.src else "constant")
+        replace_crop(transform, [resize, crop])
+    replace_operation(transform, "Posterize", posterize)
     return transform
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
-    """timm's posterize; at 0 bits a black image, as before Pillow 13, which raises there."""
+    """timm's posterize; with 0 bits a black image, as before Pillow 13, which raises ValueError."""
     return timm_posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
-
-class DeviceLoader(PrefetchLoader):
-    """timm's PrefetchLoader: the next batch is copied and normalised on a side stream while this one is used.
-
-    Two gaps of timm before 1.0.30 are closed: a loader without any batch yields none instead of raising, and the
-    memory of a batch is not given to a later one before the work queued on it is done.
-    """
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if len(self) == 0:
-            return
-        for batch in super().__iter__():
-            if self.is_cuda:
-                for tensor in batch:
-                    tensor.record_stream(torch.cuda.current_stream(self.device))
-            yield batch
 
 
 def build_loader(
@@ -105,13 +82,14 @@ def build_loader(
     sampler: Sampler | None = None,
     batch_size: int = 1,
     batch_sampler: Sampler | None = None,
-) -> DeviceLoader:
+) -> PrefetchLoader:
     """Batches on `device`: images (B, 3, H, W) float32, normalised by args.mean and args.std, and targets (B,) int64.
 
-    Training leaves out a last, smaller batch and, unless args.no_aug, erases random areas after the normalisation
-    (Zhong et al. 2017), with the random generators of this process.
+    timm's PrefetchLoader copies and normalises the next batch on a side stream while the current one is in use.
+    Training drops a last, smaller batch and, unless args.no_aug, erases random areas after the normalisation (Zhong et
+    al. 2017), with the random generators of this process.
     """
-    # default_collate, not timm's fast_collate: it stacks into shared memory at once instead of adding to zeros first
+    # default_collate stacks into shared memory; timm's fast_collate would first fill it with zeros.
     loader = DataLoader(
         dataset,
         batch_size,
@@ -121,7 +99,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    return DeviceLoader(
+    return PrefetchLoader(
         loader,
         tuple(args.mean),
         tuple(args.std),

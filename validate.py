@@ -1,6 +1,7 @@
-"""The evaluation command of KAT and timm, by main.py: python validate.py DATA --model NAME --checkpoint FILE -b 512
+"""The evaluation command of KAT and timm, run by main.py: python validate.py DATA --model NAME --checkpoint FILE -b 512
 
-In float32 unless --amp is given, of the raw weights unless --use-ema is; the last lines are --result and the JSON that timm's validate.py prints.
+It evaluates the raw weights in float32 (--use-ema and --amp override this). Its last lines are --result and the JSON
+that timm's validate.py prints.
 """
 
 import sys

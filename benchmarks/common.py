@@ -1,4 +1,4 @@
-"""What every benchmark needs: times by CUDA events, the copy bandwidth of the same run, rows with everything they depend on."""
+"""Shared by the benchmarks: times by CUDA events, the copy bandwidth, and rows that name GPU, versions and commit."""
 
 import json
 import sys
@@ -11,30 +11,29 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
 
 
-def times(function, milliseconds: int = 100) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % of the time of a call, ms; the L2 cache is cleared between calls."""
+def times(function, milliseconds: int = 100) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile of the time of a call in ms; the L2 cache is cleared between calls."""
     from triton.testing import do_bench
 
-    return tuple(do_bench(function, warmup=milliseconds // 4, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
+    quantiles = do_bench(function, warmup=milliseconds // 4, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
+    return dict(zip(("ms", "ms 20 %", "ms 80 %"), quantiles))
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written by a device-to-device copy of 2 GiB, GB/s."""
+    """Bytes read and written by a device-to-device copy of 2 GiB, in GB/s."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / times(lambda: target.copy_(source), 300)[0] / 1e6
+    return 2 * source.numel() / times(lambda: target.copy_(source), 300)["ms"] / 1e6
 
 
 def report(rows: list[dict], path: str | None) -> None:
-    """Print rows as a table; append them, with GPU, versions and commit, as JSON lines to a file."""
+    """Print rows as a table, and append them with GPU, versions and commit to a file of JSON lines."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [
-        [f"{row.get(c, ''):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
-        for row in rows
-    ]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    rows_in_full = [dict.fromkeys(columns, "") | row for row in rows]
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows_in_full]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
     for line in (columns, *cells):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        print("  ".join(map(str.rjust, line, widths)))
     if path:
         with open(path, "a") as file:
             file.writelines(json.dumps({**row, **utils.versions()}) + "\n" for row in rows)

@@ -1,11 +1,12 @@
-"""The CUDA path of kan_basis.rational: two operators, kan::rational and kan::rational_backward, on the kernels of rational.cu.
+"""The operators kan::rational and kan::rational_backward, on the kernels of rational.cu.
 
-Registered without CuPy, which is imported at the first launch; fake kernels make them opaque to torch.compile and torch.export.
-Checks, autograd (of the operators too) and the choice between this and the definition are in kan_basis/rational.py.
+They are registered without CuPy, which is imported at the first launch. Fake kernels make them opaque to torch.compile
+and torch.export. The checks of arguments are in kan_basis/rational.py, the definition in kan_basis/quotient.py.
 """
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,28 +15,46 @@ from . import launch
 
 TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 MAX_DEGREE = 8
+MAX_FUNCTIONS = 4096
 # (threads of a block, blocks of a multiprocessor, stages of the pipeline), measured on an H200
 CONFIG = {"forward": (192, 8, 3), "backward": (512, 1, 4)}
 TILE = 4  # rows of a tile
 TEAM = 64  # blocks whose sums are summed first, where there are more than 512
 
 
-def supports(
+def refusal(
     shape: tuple[int, ...], dtype: torch.dtype, a_shape: tuple[int, int], b_shape: tuple[int, int], dim: int
-) -> bool:
-    """Whether the kernels take valid arguments of these shapes: 32 or 16 bits, degrees up to 8, at most 1,024 functions, less than 16 GiB, and
-    fewer than 2^31 elements from the channels on. The sizes that a compiler does not know yet are left to the operators."""
-    return (
-        dtype in TYPES
-        and a_shape[1] <= MAX_DEGREE + 1
-        and b_shape[1] <= MAX_DEGREE
-        and math.lcm(a_shape[0], b_shape[0]) <= 1024
-        and (
-            torch.compiler.is_compiling()
-            or math.prod(shape) * dtype.itemsize < 1 << 34
-            and math.prod(shape[dim:]) < 1 << 31
-        )
-    )
+) -> str:
+    """Why the kernels do not take valid arguments of these shapes, "" if they do.
+
+    A compiler may not know the sizes of x yet; they are left to the operators.
+    """
+    if dtype not in TYPES:
+        return "they take float32, float16 and bfloat16, not float64"
+    if a_shape[1] > MAX_DEGREE + 1 or b_shape[1] > MAX_DEGREE:
+        return f"they take degrees up to {MAX_DEGREE}"
+    if math.lcm(a_shape[0], b_shape[0]) > MAX_FUNCTIONS:
+        return f"they take up to {MAX_FUNCTIONS} different functions"
+    if torch.compiler.is_compiling():
+        return ""
+    if math.prod(shape) * dtype.itemsize >= 1 << 34:
+        return "they take tensors of less than 16 GiB"
+    if math.prod(shape[dim:]) >= 1 << 31:
+        return "they take less than 2^31 elements in the channels and the dimensions behind them"
+    return ""
+
+
+class Plan(NamedTuple):
+    """How a kernel goes over x. Lengths are in vectors of 16 bytes, or in elements."""
+
+    vectors: bool
+    segments: bool
+    grid: int
+    rows: int  # of partial sums, in the backward kernel
+    outer: int
+    groups: int  # as many contiguous groups of channels as it takes for both coefficient tensors to be constant on each
+    length: int
+    tile: int
 
 
 def plan(
@@ -47,11 +66,8 @@ def plan(
     size: int,
     aligned: bool,
     multiprocessors: int,
-):
-    """How a kernel goes over x: (vectors, segments, grid, rows of partial sums, outer, groups, length, tile), lengths in what a thread takes at once.
-
-    groups: as many contiguous groups of channels as it takes for both coefficient tensors to be constant on each.
-    """
+) -> Plan:
+    """The plan of a "forward" or "backward" kernel; `size` is the size of an element in bytes."""
     threads, blocks, _ = CONFIG[kind]
     outer, inner, groups = math.prod(shape[:dim]), math.prod(shape[dim + 1 :]), math.lcm(a_rows, b_rows)
     length, per_vector = shape[dim] // groups * inner, 16 // size
@@ -59,16 +75,31 @@ def plan(
     length //= per_vector if vectors else 1
     period = groups * length
     unit = period // math.gcd(period, threads)
-    segments = (
-        period > 4096 and (length >= 32 or unit > blocks * multiprocessors) or unit * groups >= 1 << 20
-    )  # else that many rows of sums
+    # The last condition bounds the partial sums, of which there are at least `unit` rows otherwise.
+    segments = period > 4096 and (length >= 32 or unit > blocks * multiprocessors) or unit * groups >= 1 << 20
     low, high = sorted((threads, period))
     if kind == "forward" and vectors and not segments and high % low == 0:
         grid = math.ceil(outer * period / (TILE * high)) * (high // threads)
-        return vectors, segments, grid, 0, outer, groups, length, TILE
+        return Plan(vectors, segments, grid, 0, outer, groups, length, TILE)
     unit = groups if segments else unit
     grid = max(1, min(blocks * multiprocessors // unit, math.ceil(outer * period / (threads * unit)))) * unit
-    return vectors, segments, grid, grid // groups if segments else grid, outer, groups, length, 0
+    rows = 0 if kind == "forward" else grid // groups if segments else grid
+    return Plan(vectors, segments, grid, rows, outer, groups, length, 0)
+
+
+def team_size(rows: int, groups: int) -> int:
+    """How many rows of partial sums are summed first. Long rows take one block too long: their teams are small."""
+    if groups > 1024:
+        return math.isqrt(max(rows, 1) - 1) + 1
+    return rows if rows <= 512 else TEAM
+
+
+class Launch(NamedTuple):
+    kernel: "launch.Kernel"
+    grid: int
+    threads: int
+    numbers: tuple[int, ...]  # arguments of the kernel
+    floats: int  # of partial sums
 
 
 @lru_cache(maxsize=4096)
@@ -81,30 +112,27 @@ def _prepare(
     dtype: torch.dtype,
     aligned: bool,
     device: int,
-):
-    """(kernel, grid, threads, the numbers among its arguments, floats of partial sums) of a call."""
+) -> Launch:
     (threads, blocks, stages), K = CONFIG[kind], a_shape[1] + b_shape[1]
-    vectors, segments, grid, rows, outer, groups, length, tile = plan(
-        kind, shape, dim, a_shape[0], b_shape[0], dtype.itemsize, aligned, launch.multiprocessors(device)
-    )
-    slots, table = 16 * threads * stages * vectors, 0
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    p = plan(kind, shape, dim, a_shape[0], b_shape[0], dtype.itemsize, aligned, multiprocessors)
+    slots, table = 16 * threads * stages * p.vectors, 0
     if kind == "backward":
         stages -= K > 12  # 99 KiB is what the smallest GPUs have for a block
-        slots, table = 32 * threads * stages * vectors, 4 * (K * (threads + 1) + threads)
+        slots, table = 32 * threads * stages * p.vectors, 4 * (K * (threads + 1) + threads)
     shared = slots + table if dtype is torch.float32 else max(slots, table)  # see FLUSH in rational.cu
     shared = max(shared, 32 * threads if kind == "backward" else 0)
-    name = (
-        f"rational_{kind}_kernel<{TYPES[dtype]}, {a_shape[1] - 1}, {b_shape[1]}, {str(vectors).lower()}, {str(segments).lower()}, "
-        f"{threads}, {blocks}, {stages}>"
-    )
-    team = rows if rows <= 512 else TEAM
-    teams = math.ceil(rows / team) if rows else 0
-    kernel = launch.kernel(
-        "rational.cu", name, ("PPPP" if kind == "forward" else "PPPPPPPPP") + "qiiiii", shared, device
-    )
-    numbers = (outer, groups, length, groups // a_shape[0], groups // b_shape[0], tile if kind == "forward" else team)
+    flags = f"{p.vectors}, {p.segments}".lower()
+    degrees = f"{a_shape[1] - 1}, {b_shape[1]}"
+    name = f"rational_{kind}_kernel<{TYPES[dtype]}, {degrees}, {flags}, {threads}, {blocks}, {stages}>"
+    team = team_size(p.rows, p.groups)
+    teams = math.ceil(p.rows / team) if p.rows else 0
     assert teams < launch.COUNTERS
-    return kernel, grid, threads, numbers, (rows + teams + 1) * groups * K
+    types = ("PPPP" if kind == "forward" else "PPPPPPPPP") + "qiiiii"
+    kernel = launch.kernel("rational.cu", name, types, shared, device)
+    shares = p.groups // a_shape[0], p.groups // b_shape[0]
+    numbers = (p.outer, p.groups, p.length, *shares, p.tile if kind == "forward" else team)
+    return Launch(kernel, p.grid, threads, numbers, (p.rows + teams + 1) * p.groups * K)
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -155,7 +183,7 @@ def backward(
         counters,
         *numbers,
     )
-    del owner  # it was needed until the launch
+    del owner  # needed until the launch
     return (
         grad_x,
         grad_a if a is numerator else grad_a.to(numerator.dtype),
@@ -166,27 +194,26 @@ def backward(
 library = torch.library.Library("kan", "DEF")
 library.define("rational(Tensor x, Tensor numerator, Tensor denominator, int dim) -> Tensor")
 library.define(
-    "rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, int dim) -> (Tensor, Tensor, Tensor)"
+    "rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, int dim)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
 @lru_cache(maxsize=4096)
 def _check(shape, dtype, device, a_shape, a_device, b_shape, b_device, dim: int) -> None:
-    """Of the operators, which an exported program or another caller may give anything. Raises: ValueError."""
+    """The operators' arguments, which may come from an exported program or another caller. Raises: ValueError."""
     fit = (
         a_device == b_device == device
         and len(a_shape) == len(b_shape) == 2
         and -len(shape) <= dim < len(shape)
         and 0 not in (*a_shape, *b_shape)
-    )
-    if not (
-        fit
         and shape[dim] % a_shape[0] == shape[dim] % b_shape[0] == 0
-        and supports(shape, dtype, a_shape, b_shape, dim)
-    ):
+    )
+    reason = refusal(shape, dtype, a_shape, b_shape, dim) if fit else "shapes or devices do not fit together"
+    if reason:
         raise ValueError(
-            f"kan::rational cannot take x {tuple(shape)} {dtype} on {device}, channels in dimension {dim}, with the numerator "
-            f"{tuple(a_shape)} on {a_device} and the denominator {tuple(b_shape)} on {b_device}"
+            f"kan::rational cannot take x {tuple(shape)} {dtype} on {device}, channels in dimension {dim}, with the "
+            f"numerator {tuple(a_shape)} on {a_device} and the denominator {tuple(b_shape)} on {b_device}: {reason}"
         )
 
 
@@ -201,7 +228,8 @@ def _backward_operator(
     _check(x.shape, x.dtype, x.device, numerator.shape, numerator.device, denominator.shape, denominator.device, dim)
     if grad.shape != x.shape or grad.device != x.device:
         raise ValueError(
-            f"kan::rational_backward cannot take a gradient {tuple(grad.shape)} on {grad.device} for x {tuple(x.shape)} on {x.device}"
+            f"kan::rational_backward cannot take a gradient {tuple(grad.shape)} on {grad.device} "
+            f"for x {tuple(x.shape)} on {x.device}"
         )
     return backward(grad, x, numerator, denominator, dim % x.ndim)
 
@@ -218,3 +246,18 @@ def _(x, numerator, denominator, dim):
 @torch.library.register_fake("kan::rational_backward", lib=library)
 def _(grad, x, numerator, denominator, dim):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, numerator, denominator))
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.dim = inputs[3]
+
+
+def _differentiate(ctx, grad: Tensor):
+    from kan_basis.quotient import refuse_second_derivatives  # here, because kan_basis imports this module
+
+    refuse_second_derivatives()
+    return *torch.ops.kan.rational_backward(grad, *ctx.saved_tensors, ctx.dim), None
+
+
+torch.library.register_autograd("kan::rational", _differentiate, setup_context=_save, lib=library)

@@ -1,4 +1,5 @@
-// One element of the grouped rational function and of its gradients, in float32. Compiles for the GPU and for the host, where it is tested.
+// One element of the grouped rational function and of its gradients, in float32. It compiles for the GPU and for the
+// host, where it is tested.
 //
 //   F(x) = P(x) / Q(x)     P = a_0 + a_1 x + ... + a_M x^M     Q = 1 + |b_1| |x| + ... + |b_N| |x|^N
 //   dF/dx = R/Q - S P/Q^2  R = P'   S = sign(x) (|b_1| + 2 |b_2| |x| + ... + N |b_N| |x|^(N-1))   sign(0) = +1
@@ -53,8 +54,9 @@ HD float rational_forward(float x, const Coefficients<M, N>& c) {
     return p * reciprocal(FMA(q, ax, 1.0f));
 }
 
-// ptxas moves nothing across this (it costs an issue slot). On Hopper an FMA of three registers takes two cycles unless one of them is the same as in
-// the instruction before, so that instructions with the same coefficients should follow each other, which ptxas by itself does not see to.
+// ptxas moves no instruction across this one, which costs an issue slot. On Hopper an FMA of three registers takes two
+// cycles unless one of them is the same as in the instruction before. Instructions with the same coefficients should
+// therefore follow each other, and ptxas does not order them so by itself.
 template <int W>
 HD void keep_order() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
@@ -62,12 +64,14 @@ HD void keep_order() {
 #endif
 }
 
-// For W elements: x becomes grad * dF/dx; grad * dF/da_i and grad * dF/d|b_j| are added to sums[0 .. M] and sums[M + 1 .. M + N].
+// For W elements: x becomes grad * dF/dx; grad * dF/da_i is added to sums[0 .. M], and grad * dF/d|b_j| to
+// sums[M + 1 .. M + N].
 template <int W, int M, int N>
 HD void rational_backward(const float* grad, float* x, const Coefficients<M, N>& c, float* sums) {
 #pragma unroll
     for (int e = 0; e < W; e++) {
-        float v = x[e], av = ABS(v), p = c.a[M], q = c.b[N - 1], r = M > 0 ? c.r[M > 0 ? M - 1 : 0] : 0.0f, s = c.s[N - 1];
+        float v = x[e], av = ABS(v), p = c.a[M], q = c.b[N - 1];
+        float r = M > 0 ? c.r[M > 0 ? M - 1 : 0] : 0.0f, s = c.s[N - 1];
 #pragma unroll
         for (int i = M - 1; i >= 0; i--) p = FMA(p, v, c.a[i]);
 #pragma unroll
@@ -87,8 +91,8 @@ HD void rational_backward(const float* grad, float* x, const Coefficients<M, N>&
     }
 }
 
-// Degrees 5 and 4 in 38 instructions an element instead of 48: even and odd powers apart, so that the powers serve polynomials and sums alike.
-// x^4 is infinite for |x| > 4e9, also where its coefficient is 0.
+// Degrees 5 and 4 in 38 instructions per element instead of 48: even and odd powers are apart, so that the polynomials
+// and the sums use the same powers. x^4 is infinite for |x| > 4e9, also where its coefficient is 0.
 #define EACH _Pragma("unroll") for (int e = 0; e < W; e++)
 template <int W>
 HD void rational_backward(const float* grad, float* x, const Coefficients<5, 4>& c, float* sums) {

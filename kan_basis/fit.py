@@ -1,8 +1,8 @@
-"""Fit the rational function of `kan_basis.rational` to any activation, its largest error as small as it can be (minimax).
+"""Fits rational functions of version A (kan_basis.rational) to any activation, with the smallest largest error.
 
     python -m kan_basis.fit --function gelu --degrees 5 4 --range -3 3
 
-prints the coefficients and the largest error and draws target, fit and error; `--save NAME` adds a preset.
+This prints the coefficients and the largest error, and plots target, fit and error. `--save NAME` adds a preset.
 """
 
 import argparse
@@ -11,62 +11,59 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.polynomial.polynomial import polyval
 from scipy.optimize import linprog
 from scipy.special import erf, erfc, expit
 
-PRESETS_PATH = Path(__file__).with_name("presets.json")
-MAX_DENOMINATOR = (
-    1e3  # of |b_j| L^j, L = largest |x|: without a bound the solver runs off to a ratio of two huge numbers
-)
+from kan_basis.group_rational import PRESETS_PATH
+
+# Bound of |b_j| L^j, where L is the largest |x|. Without it the solver may find a quotient of two huge numbers.
+MAX_DENOMINATOR = 1e3
 
 Activation = Callable[[np.ndarray], np.ndarray]
 
+# Those that torch.nn has not, at least not by this name.
 ACTIVATIONS: dict[str, Activation] = {
     "identity": lambda x: x,
-    "relu": lambda x: np.maximum(x, 0),
-    "leaky_relu": lambda x: np.where(x < 0, 0.01 * x, x),
     "leaky_relu_0.1": lambda x: np.where(x < 0, 0.1 * x, x),
-    "sigmoid": expit,
-    "tanh": np.tanh,
-    "softplus": lambda x: np.logaddexp(0, x),
     "swish": lambda x: x * expit(x),
-    "silu": lambda x: x * expit(x),
-    "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
-    "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
     "geglu": lambda x: x**2 * (1 + erf(x / np.sqrt(2))) / 2,
     "swishglu": lambda x: x**2 * expit(x),
     "erfc_softplus_squared": lambda x: erfc(np.logaddexp(0, x)) ** 2,
 }
 
-# They need arguments, or are no function of one number.
+# These need arguments, or are not functions of one number.
 NOT_UNIVARIATE = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "Threshold"}
 
 
 def get_activation(name: str) -> Activation:
-    """Function of a float64 array: from ACTIVATIONS, else from torch.nn with its default arguments, in evaluation mode.
+    """A function of a float64 array: from ACTIVATIONS, else from torch.nn with default arguments, in evaluation mode.
 
-    Torch's activations go by class (LeakyReLU) or by function (leaky_relu); capitals and underscores do not matter.
-    Raises: ValueError if the name is unknown; the message lists what exists.
+    Activations of torch have the name of the class (LeakyReLU) or of the function (leaky_relu); case and underscores
+    do not matter.
+    Raises: ValueError for an unknown name.
     """
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
-
-    import torch  # here, because the rest needs numpy and scipy only
-
     classes = {cls.lower(): cls for cls in sorted(torch.nn.modules.activation.__all__) if cls not in NOT_UNIVARIATE}
     key = name.lower().replace("_", "")
     if key not in classes:
-        names = f"{', '.join(ACTIVATIONS)}, or from torch.nn {', '.join(classes.values())}"
-        raise ValueError(f"unknown function {name!r}: choose {names}.")
+        raise ValueError(
+            f"unknown function {name!r}: choose {', '.join(ACTIVATIONS)}, or from torch.nn, such as gelu for GELU, "
+            f"{', '.join(classes.values())}."
+        )
     module = getattr(torch.nn, classes[key])().double().eval()
     return lambda x: module(torch.tensor(x, dtype=torch.float64)).detach().numpy()
 
 
 def evaluate(x: np.ndarray, numerator: Sequence[float], denominator: Sequence[float]) -> np.ndarray:
-    """F(x) = (a_0 + a_1 x + .. + a_m x^m) / (1 + |b_1| |x| + .. + |b_n| |x|^n) in float64: the formula of `kan_basis.rational`.
+    """F(x) = (a_0 + a_1 x + .. + a_m x^m) / (1 + |b_1| |x| + .. + |b_n| |x|^n) in float64.
 
-    Args: x, any shape; numerator a_0..a_m, (m + 1,); denominator b_1..b_n, (n,).
+    Args:
+        x: any shape.
+        numerator: a_0..a_m, (m + 1,).
+        denominator: b_1..b_n, (n,).
     Raises: ValueError if the coefficients are not one-dimensional or the numerator is empty.
     """
     x, a, b = (np.asarray(value, dtype=np.float64) for value in (x, numerator, denominator))
@@ -86,16 +83,17 @@ def max_error(
 def fit_rational(
     target: str | Activation, degrees: tuple[int, int] = (5, 4), interval: tuple[float, float] = (-3.0, 3.0)
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Best uniform approximation of f = `target` by F = P / Q, Q(x) = 1 + sum_j b_j |x|^j with 0 <= b_j <= MAX_DENOMINATOR / L^j.
+    """Best uniform approximation of f = `target` by F = P / Q, Q(x) = 1 + sum_j b_j |x|^j, 0 <= b_j L^j <= 1000.
 
-    |F - f| <= t is the same as +-(P - f Q) <= t Q, which is linear in (a, b). With t the error so far, each round solves
+    |F - f| <= t is equivalent to +-(P - f Q) <= t Q, which is linear in (a, b). With t the error so far, each round
+    solves
         minimise s  subject to  +-(P(x_i) - f(x_i) Q(x_i)) - t Q(x_i) <= s Q_previous(x_i),  b >= 0
-    until t stays. It is the global optimum over the x_i, and there is nothing random in it.
+    until t no longer decreases. The result is the global optimum over the x_i and involves no random numbers.
 
     Args:
         target: a name (see `get_activation`) or a function of a float64 array.
         degrees: (m, n) of P and Q.
-        interval: (low, high), in units of x.
+        interval: (low, high), in units of x; L is the largest |x|.
     Returns: numerator (m + 1,), denominator (n,), largest error on the interval.
     Raises: ValueError for impossible degrees or interval, or a target that is not finite on the interval.
     Source: differential correction, Barrodale, Powell & Roberts 1972.
@@ -108,12 +106,12 @@ def fit_rational(
         )
 
     x = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, 401))  # dense at both ends
-    x = np.union1d(x, [0.0] if low < 0 < high else [])  # |x| and many activations bend at 0
+    x = np.union1d(x, [0.0] if low < 0 < high else [])  # where |x| and many activations have a kink
     f = np.asarray(target(x), dtype=np.float64)
     if f.shape != x.shape or not np.isfinite(f).all():
         raise ValueError(f"the target must give one finite value per point of [{low:g}, {high:g}].")
 
-    # Unit scale for x and f: the solver's tolerances are absolute.
+    # x and f are scaled to 1, because the tolerances of the solver are absolute.
     x_scale, f_scale = max(abs(low), abs(high)), np.abs(f).max() or 1.0
     u, f = x / x_scale, f / f_scale
     P = np.vander(u, m + 1, increasing=True)  # (points, m + 1)
@@ -126,7 +124,7 @@ def fit_rational(
     for _ in range(100):
         rows = np.block([[P, -(f + t)[:, None] * Q, -q[:, None]], [-P, (f - t)[:, None] * Q, -q[:, None]]])
         solution = linprog(np.eye(m + n + 2)[-1], rows, np.append(t + f, t - f), bounds=bounds, options=tolerances).x
-        if solution is None:  # out of digits: the best so far stands, with its own error
+        if solution is None:  # the solver has run out of digits: the best solution so far is kept
             break
         q = 1 + Q @ solution[m + 1 : -1]
         error = np.abs(P @ solution[: m + 1] / q - f).max()
@@ -142,42 +140,39 @@ def fit_rational(
 
 
 def save_presets(presets: dict[str, dict], path: str | Path) -> None:
-    """Name -> fields as JSON, one field a line so that diffs read well; the file is replaced in one step."""
-    fields = {
-        name: ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in preset.items())
-        for name, preset in presets.items()
-    }
+    """Write presets as JSON, one field per line so that diffs are readable. The file is replaced in one step."""
+    texts = []
+    for name, preset in presets.items():
+        fields = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in preset.items())
+        texts.append(f"  {json.dumps(name)}: {{\n{fields}\n  }}")
     partial = Path(f"{path}.partial")
-    partial.write_text(
-        "{\n" + ",\n".join(f"  {json.dumps(name)}: {{\n{text}\n  }}" for name, text in fields.items()) + "\n}\n"
-    )
+    partial.write_text("{\n" + ",\n".join(texts) + "\n}\n")
     partial.replace(path)
 
 
 def plot_fit(
-    path: str | Path, name: str, numerator: np.ndarray, denominator: np.ndarray, interval: tuple[float, float]
+    path: str, name: str, numerator: np.ndarray, denominator: np.ndarray, error: float, interval: tuple[float, float]
 ) -> None:
-    """Target and fit, and their difference, on the interval (shaded) and half its width beyond each end."""
+    """Plot target and fit, and their difference, on the interval (shaded) and half its width beyond each end."""
     from matplotlib.figure import Figure
 
-    (low, high), target = interval, get_activation(name)
+    low, high = interval
     x = np.linspace(low - (high - low) / 2, high + (high - low) / 2, 4001)
-    error = max_error(target, numerator, denominator, interval)
+    target, fit = get_activation(name)(x), evaluate(x, numerator, denominator)
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    top.plot(x, target(x), color="black", linewidth=4, alpha=0.3, label=name)
-    top.plot(x, evaluate(x, numerator, denominator), "--", label="P(x) / Q(x)")
+    top.plot(x, target, color="black", linewidth=4, alpha=0.3, label=name)
+    top.plot(x, fit, "--", label="P(x) / Q(x)")
     top.set(
         title=f"{name}: degrees {len(numerator) - 1} and {len(denominator)}, largest error {error:.2e}", ylabel="F(x)"
     )
-    bottom.plot(x, evaluate(x, numerator, denominator) - target(x), color="tab:red")
-    limit = 2.5 * error or 1e-15  # beyond the interval the curve leaves this panel
+    bottom.plot(x, fit - target, color="tab:red")
+    limit = 2.5 * error or 1e-15  # beyond the interval the curve may leave this panel
     bottom.set(xlabel="x", ylabel="P(x) / Q(x) - target", ylim=(-limit, limit), xlim=(x[0], x[-1]))
     for axes in (top, bottom):
         axes.axvspan(low, high, alpha=0.08, label=f"fitted on [{low:g}, {high:g}]")
         axes.grid(alpha=0.3)
-    top.legend(loc="best")
-    figure.align_ylabels()
+    top.legend()
     figure.savefig(path, dpi=130)
 
 
@@ -202,17 +197,16 @@ def main() -> None:
         presets = json.loads(args.presets.read_text()) if args.presets.exists() else {}
         if args.save in presets and not args.overwrite:
             raise ValueError(
-                f"preset {args.save!r} exists already in {args.presets}: choose another name or pass --overwrite."
+                f"preset {args.save!r} already exists in {args.presets}: choose another name or pass --overwrite."
             )
         numerator, denominator, error = fit_rational(args.function, args.degrees, args.range)
     except ValueError as problem:
         parser.exit(2, f"{problem}\n")
 
     plot = args.plot.replace("<function>", args.function)
-    plot_fit(plot, args.function, numerator, denominator, args.range)
-    print(
-        f"numerator {numerator.tolist()}\ndenominator {denominator.tolist()}\nmax error {error:.3e} on {args.range}\nplot {plot}"
-    )
+    plot_fit(plot, args.function, numerator, denominator, error, args.range)
+    print(f"numerator {numerator.tolist()}\ndenominator {denominator.tolist()}")
+    print(f"max error {error:.3e} on {args.range}\nplot {plot}")
     if args.save:
         presets[args.save] = {
             "numerator": numerator.tolist(),

@@ -1,9 +1,10 @@
-"""A Kolmogorov-Arnold layer: one learnable univariate function for each pair of an input and an output, for many heads at once.
+"""A Kolmogorov-Arnold layer: one learnable univariate function for each pair of an input and an output, in many heads.
 
     out_p = sum_q phi_pq(x_q),    phi_pq(x) = scale_base_pq b(x) + scale_basis_pq basis(x; theta_pq)
 
-A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other is evaluated in chunks,
-and once more in the backward pass, so that nothing of size rows x outputs x inputs ever exists.
+A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other
+basis is evaluated in chunks, and once more in the backward pass, so that no tensor has rows x outputs x inputs
+elements.
 """
 
 import copy
@@ -12,37 +13,40 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kan_basis.basis import Basis, check_init, check_positive, mean_square
+from kan_basis.basis import Basis, at_least_float32, check_init, check_positive, mean_square
 
-MAX_FEATURES = (
-    1 << 26
-)  # elements of the features that one chunk of rows builds: 256 MiB; a GPU waits for the launches of smaller chunks
-MAX_EDGES = 1 << 22  # values phi_pq(x_q) in one chunk: a basis that is not linear keeps several tensors of this size
+# Elements of the features that one chunk of rows builds: 256 MiB. With smaller chunks a GPU waits for the launches.
+MAX_FEATURES = 1 << 26
+# Values phi_pq(x_q) in one chunk. A basis that is not linear keeps several tensors of this size.
+MAX_EDGES = 1 << 22
 
 
 def _exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
 
 
-def rows_of_chunk(features: int) -> int:
-    """How many rows with so many features each one chunk takes: a compiler, which needs few buffers and would unroll the chunks, gets all in one."""
-    return 1 << 40 if torch.compiler.is_compiling() else MAX_FEATURES // features
+def rows_of_chunk(features: int, limit: int | None = None) -> int:
+    """Rows in one chunk of at most `limit` features (default: MAX_FEATURES), if each row has this number of them.
+
+    A compiler gets all rows in one chunk: it needs few buffers and would unroll the chunks.
+    """
+    return 1 << 40 if torch.compiler.is_compiling() else (limit or MAX_FEATURES) // max(1, features)
 
 
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:
-    """function(*tensors) in chunks of at most `size` along `dim`, the results put together along it, recomputed in the backward pass.
+    """function(*tensors) in chunks of at most `size` along `dim`, concatenated along `dim`.
 
-    Only the tensors are kept for the backward pass. `keep_rng`: the function draws random numbers, the same again when recomputed.
-    Exported, it is one chunk: a graph for any batch cannot have a number of them.
+    Only the tensors are kept for the backward pass, which computes the function again. With `keep_rng` a function that
+    draws random numbers draws the same ones again. An exported program has one chunk, because its batch is not known.
     """
     if _exporting():
         return function(*tensors)
-    length = tensors[0].shape[dim]
-    size = math.ceil(length / math.ceil(length / max(1, size))) if length else 1  # chunks of about one length
-    chunks = zip(*(t.split(size, dim) for t in tensors))
+    count = max(1, math.ceil(tensors[0].shape[dim] / max(1, size)))
+    chunks = zip(*(t.chunk(count, dim) for t in tensors))
     if torch.is_grad_enabled():
         results = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=keep_rng) for chunk in chunks]
     else:
@@ -56,15 +60,18 @@ class KANLayer(nn.Module):
     Args:
         in_features, out_features: N inputs, r outputs.
         basis: the family of functions, P coefficients each.
-        base_fn: b, an element-wise module, or None for b = 0; then `scale_base` exists all the same, as in the published counts,
-            and is frozen, since its gradient is 0.
-        init: "published", the basis's own, and scale_base 1; "scaled", out_p has variance 1 for x ~ N(0, 1). Where there is a base
-            function, half of it is b's: scale_base ~ N(0, 1 / (2 N E[b(x)^2])), because equal ones would add up what b is on average.
-        init_scale: both scales, hence the outputs, start that many times as large.
-        base_trainable, basis_trainable: False freezes scale_base and the parameters of b, or coefficients and scale_basis.
-    Parameters: coefficients (h, r, N, P), scale_base (h, r, N), scale_basis (h, r, N): N r (P + 2) a head.
-    Shape: (B, h, M, N) -> (B, h, M, r). The features are computed in float32 or float64 also under autocast, which rules the products.
-    Raises: ValueError for sizes below 1, an unknown init, inputs of other heads or width.
+        base_fn: b, an element-wise module, or None for b = 0. Then `scale_base` still exists, as in the published
+            parameter counts, and is frozen, because its gradient is 0.
+        init: "published", the initialisation of the basis, with scale_base = 1; "scaled", out_p has variance 1 for
+            x ~ N(0, 1). With a base function, b contributes half of the variance by scale_base ~ N(0, 1 / (2 N
+            E[b^2])), because equal scales would add up the mean of b.
+        init_scale: factor of both scales, hence of the outputs, at the start.
+        base_trainable: False freezes scale_base and the parameters of b.
+        basis_trainable: False freezes coefficients and scale_basis.
+    Parameters: coefficients (h, r, N, P), scale_base (h, r, N), scale_basis (h, r, N): N r (P + 2) for each head.
+    Shape: (B, h, M, N) -> (B, h, M, r). Under autocast the features are computed in float32 or float64, the products in
+        the autocast dtype.
+    Raises: ValueError for sizes below 1, an unknown init, or inputs with another number of heads or another width.
     Source: Kolmogorov-Arnold attention (arXiv:2503.10632).
     """
 
@@ -115,7 +122,7 @@ class KANLayer(nn.Module):
         B, h, M, N = x.shape
         if (h, N) != (self.num_heads, self.in_features):
             raise ValueError(f"expected {self.num_heads} heads of {self.in_features} inputs, not {h} of {N}")
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = at_least_float32(x)
         rows = x.transpose(0, 1).reshape(h, B * M, N)
         out = self._linear(rows) if self.basis.linear else self._edges(rows)
         if self.base_fn is not None:
@@ -123,36 +130,32 @@ class KANLayer(nn.Module):
         return out.reshape(h, B, M, self.out_features).transpose(0, 1)
 
     def _base(self, rows: Tensor) -> Tensor:
-        """b in the dtype of the rows, whatever its parameters have."""
+        """b in the dtype of the rows, whatever the dtype of its parameters."""
         parameters = {name: p.to(rows.dtype) for name, p in self.base_fn.named_parameters()}
         return torch.func.functional_call(self.base_fn, parameters, (rows,)) if parameters else self.base_fn(rows)
 
     def _linear(self, rows: Tensor) -> Tensor:
-        weight = (
-            (self.scale_basis[..., None] * self.coefficients).to(rows.dtype).permute(0, 3, 2, 1).flatten(1, 2)
-        )  # (h, P N, r)
+        # P stands in front of N, so that the features are written and read in whole rows.
+        weight = rearrange((self.scale_basis[..., None] * self.coefficients).to(rows.dtype), "h r n p -> h (p n) r")
 
         def product(x: Tensor) -> Tensor:
-            return torch.bmm(
-                self.basis.features(x, -2).flatten(2), weight
-            )  # P in front of N: written and read in whole rows
+            return torch.bmm(self.basis.features(x, -2).flatten(2), weight)
 
         size = rows_of_chunk(rows.shape[0] * rows.shape[2] * self.basis.working_set)
         return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
     def _edges(self, rows: Tensor) -> Tensor:
         def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:
-            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(
-                -1
-            )  # (h, rows, outputs, N) -> (h, rows, outputs)
+            # (h, rows, outputs, N) -> (h, rows, outputs)
+            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(-1)
 
-        edges = self.num_heads * self.in_features  # of one row and one output
+        edges = self.num_heads * self.in_features  # for one row and one output
         outputs = min(self.out_features, max(1, MAX_EDGES // edges))
         parts = [
             in_chunks(partial(sums, theta=theta, scale=scale), rows, size=MAX_EDGES // (edges * outputs), dim=1)
             for theta, scale in zip(self.coefficients.split(outputs, 1), self.scale_basis.split(outputs, 1))
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return torch.cat(parts, -1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.basis!r}, num_heads={self.num_heads}"

@@ -5,9 +5,10 @@ from torch import Tensor
 
 
 def project_l1(x: Tensor) -> Tensor:
-    """Nearest point, in Euclidean distance, of each row on the simplex {y >= 0, sum(y) = 1}: y = max(x - tau, 0).
+    """The point of the simplex {y >= 0, sum(y) = 1} nearest to each row in Euclidean distance: y = max(x - tau, 0).
 
-    tau = (sum_S x - 1) / |S|, S the entries above tau, found by sorting. The gradient is exact: g - mean_S(g) on S, 0 elsewhere.
+    tau = (sum_S x - 1) / |S| with S the entries above tau, found by sorting.
+    The gradient is exact: g - mean_S(g) on S, 0 elsewhere.
 
     Args:
         x: (..., N), any float dtype.
@@ -16,15 +17,14 @@ def project_l1(x: Tensor) -> Tensor:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     with torch.no_grad():
-        top = x.amax(
-            -1, keepdim=True
-        )  # the projection does not see a shift: sums of large scores would lose the digits
+        # A shift of x does not change the projection, but sums of large scores would lose digits.
+        top = x.amax(-1, keepdim=True)
         descending = (x - top).sort(-1, descending=True).values
         excess = descending.cumsum(-1) - 1
         rank = torch.arange(1, x.shape[-1] + 1, device=x.device)
         last = (descending * rank > excess).sum(-1, keepdim=True).clamp_min(1) - 1  # 0 entries only in rows with NaN
         inside = x - top > excess.gather(-1, last) / (last + 1)
     x = x - top
-    # S counted again: entries that equal tau up to rounding may be in or out, but alike in the sum and in |S|
+    # Entries that equal tau up to rounding may count or not, but they must do so in the sum and in |S| alike.
     tau = (torch.where(inside, x, 0).sum(-1, keepdim=True) - 1) / inside.sum(-1, keepdim=True)
     return (x - tau).clamp_min(0)

@@ -2,53 +2,69 @@
 
     phi(x; theta) = sum_i theta_i B_i(x),   i = 1..G + k
 
-G cells on [lo, hi] and k more on either side; B_i is the bump of order k (degree k: 3 is cubic) over k + 1 neighbouring cells. The B_i sum to 1 on the
-closed [lo, hi], and all are 0 outside the extended grid [lo - k h, hi + k h], h = (hi - lo) / G.
-Source: Cox-de Boor recursion; extended uniform grid, fit and grid update as in efficient-kan, the form that KArAt (arXiv:2503.10632) uses.
+[lo, hi] has G cells, and there are k more cells on either side. B_i is the bump of order k (degree k: 3 is cubic) over
+k + 1 neighbouring cells. The B_i sum to 1 on the closed interval [lo, hi], and all of them are 0 outside the extended
+grid [lo - k h, hi + k h], h = (hi - lo) / G.
+Source: Cox-de Boor recursion; extended uniform grid, fit and grid update as in efficient-kan, the form that KArAt
+(arXiv:2503.10632) uses.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kan_basis.basis import Basis, check_init, check_positive, mean_square, register
+from kan_basis.basis import Basis, at_least_float32, option, register
 
 REFIT_POINTS = 32  # per cell
 
 
 @register("spline")
+@dataclass(frozen=True)
 class SplineBasis(Basis):
-    """B-splines of order k on G uniform cells, linear in their P = G + k coefficients.
+    """B-splines of order k on G uniform cells, P = G + k; their first k - 1 derivatives are continuous.
 
-    Args:
-        grid: G, number of cells of [lo, hi].
-        order: k, degree of the pieces; k - 1 derivatives are continuous.
-        grid_range: (lo, hi), in units of x.
-    Raises: ValueError if grid < 1, order < 0 or the range is not finite and increasing.
+    Raises: ValueError if the range is not finite and increasing.
     """
 
+    grid: int = option(3, "cells G of the grid", minimum=1)
+    order: int = option(3, "degree k of the pieces", minimum=0)
+    grid_range: tuple[float, float] = option(
+        (-1.0, 1.0),
+        "ends of the grid, in units of the input",
+        metavar=("LO", "HI"),
+        increasing=True,
+        mlp_default=(-3.0, 3.0),
+    )
     linear = True
 
-    def __init__(self, grid: int = 3, order: int = 3, grid_range: tuple[float, float] = (-1.0, 1.0)) -> None:
-        check_positive(grid=grid)
-        if order < 0:
-            raise ValueError(f"order must be at least 0, not {order}")
-        lo, hi = map(float, grid_range)
-        if not -math.inf < lo < hi < math.inf:
-            raise ValueError(f"grid_range must be finite and increasing, not {tuple(grid_range)}")
-        self.grid, self.order, self.grid_range, self.num_coefficients = grid, order, (lo, hi), grid + order
+    @property
+    def num_coefficients(self) -> int:
+        return self.grid + self.order
+
+    @property
+    def flops(self) -> int:
+        # k steps of the recursion at 2 for each of their pieces, and G + k products
+        return (2 * self.order + 1) * self.grid + 3 * self.order**2
+
+    @property
+    def formula(self) -> str:
+        lo, hi = self.grid_range
+        return f"sum over i = 1..{self.num_coefficients} of theta_i B_i(x), order {self.order} on [{lo:g}, {hi:g}]"
 
     @property
     def working_set(self) -> int:
-        return 3 * (self.grid + 2 * self.order)  # autograd keeps what every step of the recursion multiplies
+        # Autograd keeps what every step of the recursion multiplies.
+        return 3 * (self.grid + 2 * self.order)
 
     def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """B_1(x) .. B_P(x): (...) -> (..., G + k), float32 at least.
 
-        In units of cells the knots are the integers 0..G + 2k, exact in every dtype. Cells are half-open; the last one is closed.
+        In units of cells the knots are the integers 0..G + 2k, exact in every dtype. Cells are half-open, the last one
+        is closed.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(dim)
+        x = at_least_float32(x).unsqueeze(dim)
         lo, hi = (x.new_full((), end) for end in self.grid_range)
         u = (x - lo) / (hi - lo) * self.grid + self.order  # hi is G + k without rounding
         cells = self.grid + 2 * self.order
@@ -61,22 +77,8 @@ class SplineBasis(Basis):
         return b
 
     @torch.no_grad()
-    def reset_(self, theta: Tensor, init: str = "published", fan_in: int = 1) -> Tensor:
-        """All coefficients N(0, 1) (published), or N(0, 1 / (fan_in E[sum_i B_i(x)^2])) (scaled).
-
-        Raises: ValueError for an unknown init, fan_in < 1, or scaled on a grid that x ~ N(0, 1) does not reach.
-        """
-        check_init(init, fan_in)
-        if init == "published":
-            return theta.normal_()
-        energy = self.num_coefficients * mean_square(self.features)
-        if energy == 0:
-            raise ValueError(f"init 'scaled' needs a grid that x ~ N(0, 1) reaches, not one on {self.grid_range}")
-        return theta.normal_(std=1 / math.sqrt(fan_in * energy))
-
-    @torch.no_grad()
     def fit(self, x: Tensor, y: Tensor) -> Tensor:
-        """Least-squares coefficients of curves given by samples, the smallest ones where the samples leave a choice.
+        """Least-squares coefficients of sampled curves; the smallest ones if the samples do not determine them.
 
         Args: x, (S,) for all curves or (..., S); y, (..., S).
         Returns: theta (..., P), dtype and device of y; solved in float64 on the CPU.
@@ -96,10 +98,10 @@ class SplineBasis(Basis):
 
     @torch.no_grad()
     def update_grid(self, x: Tensor, margin: float = 0.01, quantile: float = 0.0) -> "SplineBasis":
-        """A new basis, same G and k, whose range covers the samples x (any shape).
+        """A basis with the same G and k, whose range covers the samples x (any shape).
 
         Args:
-            margin: added at each end, as a share of the range; a range of one point gets the old width.
+            margin: what is added at each end, as a share of the range; a range of one point gets the old width.
             quantile: share of the samples to leave out at each end, in [0, 0.5).
         Raises: ValueError for no samples or any that is not finite, a negative margin, or a quantile outside [0, 0.5).
         """
@@ -115,9 +117,10 @@ class SplineBasis(Basis):
 
     @torch.no_grad()
     def refit(self, theta: Tensor, new_basis: "SplineBasis") -> Tensor:
-        """Coefficients on the grid of `new_basis` of the same functions: exact where its knots contain the old ones, else least squares.
+        """Coefficients of the same functions on the grid of `new_basis`, by least squares.
 
-        The functions are compared on the whole new range, where the old ones may have ended: they are 0 beyond their extended grid.
+        The result is exact if the new knots contain the old ones. The functions are compared on the whole new range,
+        also beyond their old extended grid, where they are 0.
 
         Args: theta, (..., P).
         Returns: (..., P of new_basis), dtype and device of theta.

@@ -1,29 +1,32 @@
-"""Kolmogorov-Arnold attention (KArAt): attention whose softmax is replaced by learned univariate functions, and the *_karat names.
+"""Kolmogorov-Arnold attention (KArAt): learned univariate functions instead of the softmax, and the *_karat names.
 
     O = sigma(A) V,    A = Q K^T / sqrt(d),    sigma(A_k) = W Phi(A_k)        (models/operator.py)
 
-Everything else is timm's VisionTransformer, or KAT for the kat_*_karat names. An operator belongs to one block (blockwise: h L operators in
-a model, parameters blocks.*.attn.operator.*) or to all blocks (universal: h operators, parameters karat.*).
+Everything else is timm's VisionTransformer, or KAT for the kat_*_karat names. An operator belongs to one block
+(blockwise: h L operators in a model, parameters blocks.*.attn.operator.*) or to all blocks (universal: h operators,
+parameters karat.*).
 Source: KArAt (arXiv:2503.10632); mixed heads and a choice of blocks are options of this repository.
 """
 
 from functools import partial
 
 import torch
-from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import activation
 
 from kan_basis import layer as kan
-from kan_basis.basis import make_basis_of
+from kan_basis.basis import BASES, make_basis_for, option_names
 
 from .kat import KAT
 from .operator import KArAtOperator
-from .vit import SIZES, build, model_cfg, register
+from .timm_internals import merge_heads, split_heads
+from .vit import build, model_cfg, register
 
-_FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()  # torch.bmm(..., out_dtype=torch.float32), CUDA only
+# torch.bmm(..., out_dtype=torch.float32) exists for CUDA tensors only.
+_FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+# They mix the elements of a row, need arguments or draw random numbers.
 _NOT_ELEMENTWISE = {
     "MultiheadAttention",
     "GLU",
@@ -33,11 +36,11 @@ _NOT_ELEMENTWISE = {
     "LogSoftmax",
     "Threshold",
     "RReLU",
-}  # or random
+}
 
 
 class _Fp32Product(torch.autograd.Function):
-    """a b^T of two half-precision batches of matrices, accumulated and returned in float32; gradients in the dtype of a and b."""
+    """a b^T of two half-precision batches of matrices in float32; the gradients have the dtype of a and b."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +55,10 @@ class _Fp32Product(torch.autograd.Function):
 
 
 def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Q K^T scale: (B, h, M, d), (B, h, N, d) -> (B, h, M, N), float32 or float64 also under autocast and for half-precision Q and K."""
+    """Q K^T scale: (B, h, M, d), (B, h, N, d) -> (B, h, M, N).
+
+    The scores are float32 or float64, also under autocast and for half-precision Q and K.
+    """
     if query.is_cuda and _FP32_PRODUCTS and query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16):
         scores = _Fp32Product.apply(query.flatten(0, 1), key.flatten(0, 1))
         return scores.unflatten(0, query.shape[:2]) * scale
@@ -64,19 +70,20 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 class KArAtAttention(Attention):
     """timm's attention whose first heads apply an operator instead of the softmax; all softmax until `set_operator`.
 
-    For the backward pass only Q, K and V are kept: scores and features are computed again, in chunks of the batch.
+    Only Q, K and V are kept for the backward pass, which computes scores and features again, in chunks of the batch.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("operator", None)
-        self.shared: tuple[
-            KArAtOperator, ...
-        ] = ()  # the model's own: in a tuple it is hidden from this module's parameters, not from deepcopy
+        # The operator that the model shares among its blocks. The tuple hides it from the parameters of this module,
+        # but not from deepcopy.
+        self.shared: tuple[KArAtOperator, ...] = ()
 
     def set_operator(self, operator: KArAtOperator, num_karat_heads: int | None = None, shared: bool = False) -> None:
-        """Let the first `num_karat_heads` heads (default: all) apply `operator`; `shared`: it is registered elsewhere in the model.
+        """Let the first `num_karat_heads` heads (default: all) apply `operator`.
 
+        With `shared` the operator is registered elsewhere in the model.
         Raises: ValueError if the numbers of heads do not fit.
         """
         heads = self.num_heads if num_karat_heads is None else num_karat_heads
@@ -90,34 +97,28 @@ class KArAtAttention(Attention):
             self.operator = operator
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
-        """(B, N, C) -> (B, N, C). Raises: ValueError for a mask, or for another number of tokens than the operator's."""
+        """(B, N, C) -> (B, N, C).
+
+        Raises: ValueError for a mask, or if N is not the number of tokens of the operator.
+        """
         operator = self.shared[0] if self.shared else self.operator
         if operator is None:
             return super().forward(x, attn_mask=attn_mask, **options)
         if attn_mask is not None or any(options.values()):
             raise ValueError("Kolmogorov-Arnold attention takes no mask")
-        B, N, _ = x.shape
-        if N != operator.num_tokens:
+        if x.shape[1] != operator.num_tokens:
             raise ValueError(
-                f"Kolmogorov-Arnold attention was built for {operator.num_tokens} tokens, not {N}: "
+                f"Kolmogorov-Arnold attention was built for {operator.num_tokens} tokens, not {x.shape[1]}: "
                 "build the model for this image size and resample its weights"
             )
-        gate = getattr(self, "gate", None)
-        q, k, v = (
-            self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        )  # (B, h, N, d)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = split_heads(self, x)
         h = operator.num_heads
         heads = [self.apply_operator(operator, q[:, :h], k[:, :h], v[:, :h])]
         if h < self.num_heads:
-            heads.append(
-                F.scaled_dot_product_attention(
-                    q[:, h:], k[:, h:], v[:, h:], dropout_p=self.attn_drop.p if self.training else 0.0
-                )
-            )
+            dropout = self.attn_drop.p if self.training else 0.0
+            heads.append(F.scaled_dot_product_attention(q[:, h:], k[:, h:], v[:, h:], dropout_p=dropout))
         out = torch.cat([head.to(v.dtype) for head in heads], 1) if len(heads) > 1 else heads[0]
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(out if gate is None else out * gate(x).sigmoid()))
+        return merge_heads(self, x, out)
 
     def apply_operator(self, operator: KArAtOperator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """sigma(Q K^T / sqrt(d)) V: three times (B, h, N, d) -> (B, h, N, d)."""
@@ -126,89 +127,68 @@ class KArAtAttention(Attention):
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return operator.attend(attention_scores(q, k, self.scale), v, dropout)
 
-        rows = operator.num_heads * operator.num_tokens  # of one image
-        return kan.in_chunks(
-            core,
-            query,
-            key,
-            value,
-            size=kan.rows_of_chunk(rows * operator.features_per_row),
-            dim=0,
-            keep_rng=dropout > 0,
-        )
+        rows = operator.num_heads * operator.num_tokens  # for one image
+        size = kan.rows_of_chunk(rows * operator.features_per_row)
+        return kan.in_chunks(core, query, key, value, size=size, dim=0, keep_rng=dropout > 0)
 
 
 class KArAtMixin:
-    """What KArAt adds to a timm vision transformer: KArAtAttention in its `attn_layer` slot and the operators.
+    """What KArAt adds to a timm vision transformer: KArAtAttention in its `attn_layer` slot, and the operators.
 
     Args (besides timm's):
-        basis_type: a basis of the registry, "FourierBasis" or "fourier".
-        grid, order, grid_range, wavelet_type, rational_order, rational_version: options of the bases; a basis takes those it knows.
+        basis_type: a basis of the registry, "FourierBasis" or "fourier". The options of the basis, such as grid, are
+            keyword arguments too (kan_basis).
         base_fn: b, the name of an element-wise class of torch.nn ("nn.SiLU", "Identity"), or "ZeroModule" for b = 0.
         hidden_dim, karat_depth, modular_attn, modular_mode, project_l1, output_scale: see KArAtOperator.
-        karat_init, karat_init_scale: its init and init_scale.
-        mixed_head, num_attention: only the first `num_attention` heads, half of them by default, are KArAt; the others stay softmax.
-        universal: one operator for all blocks instead of one for each.
-        karat_blocks: blocks with KArAt, "0-3,11" or a list, default all; the others stay softmax.
+        karat_init, karat_init_scale: init and init_scale of KArAtOperator.
+        mixed_head: only the first `num_attention` heads (default: half of them) have an operator; the others keep the
+            softmax.
+        universal: one operator for all blocks instead of one for each block.
+        karat_blocks: blocks with an operator, "0-3,11" or a list (default: all); the others keep the softmax.
         basis_trainable, base_trainable: see KANLayer.
-        grid and hidden_dim may be lists with one entry per KArAt block, unless universal.
+    hidden_dim and the options of the basis may be lists with one value for each block that has an operator, unless
+    `universal` is set.
     Raises: ValueError for options that do not fit.
     """
 
     def __init__(
         self,
         *args,
-        basis_type: str = "FourierBasis",
-        grid: int | list[int] = 3,
-        order: int = 3,
-        grid_range: tuple[float, float] = (-1, 1),
-        wavelet_type: str = "mexican_hat",
-        rational_order: tuple[int, int] = (5, 4),
-        rational_version: str = "B",
+        basis_type: str = "fourier",
         base_fn: str = "ZeroModule",
         hidden_dim: int | list[int] = 12,
         karat_depth: int = 2,
-        num_attention: int | None = None,
-        mixed_head: bool = False,
-        universal: bool = False,
         modular_attn: bool = True,
         modular_mode: str = "phi1_w2",
-        project_l1: bool = False,
-        basis_trainable: bool = True,
-        base_trainable: bool = True,
+        mixed_head: bool = False,
+        num_attention: int | None = None,
+        universal: bool = False,
         karat_blocks: str | list[int] | None = None,
+        project_l1: bool = False,
+        output_scale: str = "1",
         karat_init: str = "published",
         karat_init_scale: float = 1.0,
-        output_scale: str = "1",
+        basis_trainable: bool = True,
+        base_trainable: bool = True,
         **kwargs,
     ) -> None:
         if kwargs.get("patch_drop_rate") or kwargs.get("dynamic_img_size"):
             raise ValueError(
                 "an operator is tied to its number of tokens: patch_drop_rate and dynamic_img_size cannot change it"
             )
+        basis_options = {name: kwargs.pop(name) for name in list(kwargs) if name in option_names("attention")}
         super().__init__(*args, **{**kwargs, "attn_layer": KArAtAttention})
         blocks = parse_blocks(karat_blocks, len(self.blocks))
-        total = self.blocks[0].attn.num_heads
-        heads = _karat_heads(total, num_attention, mixed_head)
-        grids, ranks = (
-            _per_block(name, value, len(blocks), universal)
-            for name, value in (("grid", grid), ("hidden_dim", hidden_dim))
-        )
+        heads = _karat_heads(self.blocks[0].attn.num_heads, num_attention, mixed_head)
+        fields = [item for cls in BASES.values() for item in cls.options("attention").items()]
+        tuples = {name for name, f in fields if isinstance(f.default, tuple)}
+        options = _options_of_blocks({**basis_options, "hidden_dim": hidden_dim}, tuples, len(blocks), universal)
 
-        def operator(grid: int, hidden_dim: int) -> KArAtOperator:
-            basis = make_basis_of(
-                basis_type,
-                grid=grid,
-                order=order,
-                grid_range=tuple(grid_range),
-                wavelet=wavelet_type,
-                degrees=tuple(rational_order),
-                version=rational_version,
-            )
+        def operator(hidden_dim: int, **options) -> KArAtOperator:
             return KArAtOperator(
                 self.patch_embed.num_patches + self.num_prefix_tokens,
                 heads,
-                basis,
+                make_basis_for("attention", basis_type, options),
                 hidden_dim,
                 karat_depth,
                 modular_attn,
@@ -225,14 +205,15 @@ class KArAtMixin:
             )
 
         if universal:
-            self.karat = operator(grids[0], ranks[0])
-        for block, block_grid, rank in zip(blocks, grids, ranks):
-            own = self.karat if universal else operator(block_grid, rank)
-            self.blocks[block].attn.set_operator(own, heads, shared=universal)
+            self.karat = operator(**options[0])
+        for block, of_block in zip(blocks, options):
+            sigma = self.karat if universal else operator(**of_block)
+            self.blocks[block].attn.set_operator(sigma, heads, shared=universal)
 
     def set_input_size(self, *args, **kwargs) -> None:
         raise ValueError(
-            "an operator is tied to its number of tokens: build the model with img_size and load the weights, which are resampled then"
+            "an operator is tied to its number of tokens: build the model with img_size and load the weights, which "
+            "are then resampled"
         )
 
 
@@ -243,8 +224,9 @@ class KArAtViT(KArAtMixin, VisionTransformer):
 class KArAtKAT(KArAtMixin, KAT):
     """KAT with Kolmogorov-Arnold attention.
 
-    `weight_init` defaults to timm's, KAT's own without its mimetic attention: that is made for the softmax, and its scores of standard
-    deviation 2 send a Fourier operator through whole periods from the start; a micro model then does not learn.
+    `weight_init` defaults to timm's, which is KAT's without mimetic attention. Mimetic attention is made for the
+    softmax: its scores have standard deviation 2 and send a Fourier operator through whole periods from the start, so
+    that a micro model does not learn.
     """
 
     def __init__(self, *args, weight_init: str = "", **kwargs) -> None:
@@ -268,23 +250,22 @@ def base_function(name: str) -> nn.Module | None:
 
 
 def parse_blocks(blocks: str | list[int] | None, depth: int) -> list[int]:
-    """Block numbers from 0, ascending: "0-3,11" -> [0, 1, 2, 3, 11]; None -> all. Raises: ValueError for blocks that are not in the model."""
+    """Block numbers from 0, ascending: "0-3,11" -> [0, 1, 2, 3, 11]; None -> all.
+
+    Raises: ValueError for blocks that are not in the model.
+    """
     if blocks is None:
         return list(range(depth))
     try:
-        parts = (
-            [part.partition("-") for part in blocks.split(",")]
-            if isinstance(blocks, str)
-            else [(b, "", "") for b in blocks]
-        )
-        ranges = [(int(first), int(last if dash else first)) for first, dash, last in parts]
+        names = blocks.split(",") if isinstance(blocks, str) else map(str, blocks)
+        ranges = [[int(end) for end in name.split("-", 1)] for name in names]
     except (ValueError, TypeError) as error:
         raise ValueError(f"karat_blocks must be like '0-3,11' or a list of numbers, not {blocks!r}") from error
-    if any(first > last for first, last in ranges):
+    if any(ends[0] > ends[-1] for ends in ranges):
         raise ValueError(f"karat_blocks {blocks!r} has a range that runs backwards")
-    if not ranges or any(first < 0 or last >= depth for first, last in ranges):
+    if not ranges or any(ends[-1] >= depth for ends in ranges):
         raise ValueError(f"karat_blocks {blocks!r} must name blocks from 0 to {depth - 1}")
-    return sorted({block for first, last in ranges for block in range(first, last + 1)})
+    return sorted({number for ends in ranges for number in range(ends[0], ends[-1] + 1)})
 
 
 def _karat_heads(total: int, num_attention: int | None, mixed_head: bool) -> int:
@@ -298,25 +279,27 @@ def _karat_heads(total: int, num_attention: int | None, mixed_head: bool) -> int
     return heads
 
 
-def _per_block(name: str, value: int | list[int], count: int, universal: bool) -> list[int]:
-    if not isinstance(value, (list, tuple)):
-        return [value] * count
-    if universal:
-        raise ValueError(f"{name} must be one value for a universal operator, not a list")
-    if len(value) != count:
-        raise ValueError(f"{name} must have one entry for each of the {count} KArAt blocks, not {len(value)}")
-    return list(value)
+def _options_of_blocks(options: dict, tuples: set[str], count: int, universal: bool) -> list[dict]:
+    """The options of every block that has an operator. A list has one value for each, unless the option is a tuple."""
+    listed = [name for name, value in options.items() if isinstance(value, (list, tuple)) and name not in tuples]
+    for name in listed:
+        if universal:
+            raise ValueError(f"{name} must be one value for a universal operator, not a list")
+        if len(options[name]) != count:
+            raise ValueError(
+                f"{name} must have one entry for each of the {count} KArAt blocks, not {len(options[name])}"
+            )
+    return [{name: v[i] if name in listed else v for name, v in options.items()} for i in range(count)]
 
 
-def _karat(
-    model_cls: type[VisionTransformer], name: str, size: str, pretrained: bool = False, **kwargs
-) -> VisionTransformer:
-    return build(model_cls, name, pretrained, **{**SIZES[size], **kwargs})
-
-
-_NAMES = {
-    f"{family}_{size}_karat": (cls, size) for family, cls in (("vit", KArAtViT), ("kat", KArAtKAT)) for size in SIZES
-}
-default_cfgs = generate_default_cfgs({name: model_cfg(SIZES[size]["img_size"]) for name, (_, size) in _NAMES.items()})
-for _name, (_cls, _size) in _NAMES.items():
-    register(_name, partial(_karat, _cls, _name, _size), f"{_cls.__name__}: Kolmogorov-Arnold attention.")
+NAMES = """
+vit_tiny_patch16_224_karat kat_tiny_patch16_224_karat
+vit_small_patch16_224_karat kat_small_patch16_224_karat
+vit_base_patch16_224_karat kat_base_patch16_224_karat
+vit_micro_patch4_32_karat kat_micro_patch4_32_karat
+vit_micro_patch8_32_karat kat_micro_patch8_32_karat
+""".split()
+for _name in NAMES:
+    _cls, _size = KArAtViT if _name.startswith("vit_") else KArAtKAT, _name[4:-6]
+    _make = partial(build, _cls, _name, _size)
+    register(__name__, _name, f"{_cls.__name__}: Kolmogorov-Arnold attention.", _make, {"": model_cfg(_size)})

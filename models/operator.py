@@ -1,8 +1,9 @@
-"""sigma of Kolmogorov-Arnold attention: what stands in the place of the softmax, for all heads in one batched tensor.
+"""sigma of Kolmogorov-Arnold attention, which replaces the softmax, for all heads in one batched tensor.
 
-    sigma(A_k) = W Phi(A_k)      A_k: row k of A = Q K^T / sqrt(d) (N, N);  Phi: r x N univariate functions;  W (N, r), no bias
+    sigma(A_k) = W Phi(A_k)      A_k: row k of A = Q K^T / sqrt(d), (N, N);  Phi: r x N functions;  W: (N, r), no bias
 
-There is no softmax and no normalisation. N is the number of tokens, to which the parameters are tied (models/resample.py changes it).
+There is no softmax and no normalisation. N is the number of tokens, to which the parameters are tied;
+models/resample.py changes it.
 Source: KArAt (arXiv:2503.10632).
 """
 
@@ -26,19 +27,20 @@ class KArAtOperator(nn.Module):
 
     Args:
         num_tokens, num_heads: N, h.
-        basis: the family of functions. A layer keeps no state in it.
+        basis: the family of functions.
         hidden_dim: r.
-        depth: number of stages. 1: Phi, N x N functions. 2: W and Phi, in the order of `mode`, or without `modular` Phi2(Phi1(A)).
-            More: further r x r layers between them.
+        depth: number of stages. 1: Phi with N x N functions. 2: W and Phi in the order of `mode`, or without `modular`
+            Phi2(Phi1(A)). More: further r x r layers between them.
         modular: one of the stages is the projection W: `project_out` (h, N, r) or `project_in` (h, r, N).
-        mode: "phi1_w2", W Phi(A), or "w1_phi2", Phi(W A); without meaning unless modular.
-        base_fn: b of the functions, None for 0; every layer has its own copy.
+        mode: "phi1_w2", W Phi(A), or "w1_phi2", Phi(W A); it has no effect unless modular.
+        base_fn: b of the functions, None for 0; every layer has a copy of it.
         project_l1: project each row of the result on the probability simplex.
-        init: "published": W as nn.Linear, the functions as the basis says. "scaled": sigma(A) V has about the variance of V for scores
-            ~ N(0, 1): W, or without project_out the last functions, start 1 / sqrt(N) smaller than what keeps the variance.
-        init_scale: sigma starts that many times as large; the scales of the last layer of functions take it.
-        output_scale: sigma times "1", 1 / sqrt(N) ("sqrt", kept in the state so that weights for another N keep theirs), or a factor
-            for each head, "learned" from 1 on; in front of the l1 projection.
+        init: "published": W as in nn.Linear, the functions as the basis says. "scaled": sigma(A) V has about the
+            variance of V for scores ~ N(0, 1). For this W, or without project_out the last functions, start smaller by
+            the factor 1 / sqrt(N) than what keeps the variance of one function.
+        init_scale: factor of sigma at the start, in the scales of the last layer of functions.
+        output_scale: factor of sigma, in front of the l1 projection: "1"; "sqrt", 1 / sqrt(N), kept in the state, so
+            that weights that are resampled keep it; or "learned", one factor for each head, which starts at 1.
     Raises: ValueError for options that do not fit.
     """
 
@@ -63,10 +65,13 @@ class KArAtOperator(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(num_tokens=num_tokens, num_heads=num_heads, hidden_dim=hidden_dim, depth=depth)
-        for option, value, choices in (("mode", mode, MODES), ("output_scale", output_scale, OUTPUT_SCALES)):
-            if value not in choices:
-                raise ValueError(f"unknown {option} '{value}'; there are: {', '.join(choices)}")
+        if mode not in MODES:
+            raise ValueError(f"unknown mode '{mode}'; there are: {', '.join(MODES)}")
+        if output_scale not in OUTPUT_SCALES:
+            raise ValueError(f"unknown output_scale '{output_scale}'; there are: {', '.join(OUTPUT_SCALES)}")
         self.num_tokens, self.num_heads, self.project_l1, self.init = num_tokens, num_heads, project_l1, init
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale must be positive, not {init_scale}")
         N, r, dd = num_tokens, hidden_dim, dict(device=device, dtype=dtype)
         modular = modular and depth > 1
         first, last = modular and mode == "w1_phi2", modular and mode == "phi1_w2"  # where W stands
@@ -87,30 +92,28 @@ class KArAtOperator(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """W and the output scale; the layers reset themselves."""
-        for weight in (self.project_in, self.project_out):
-            if weight is None or weight.is_meta:
-                continue
-            fan_in = weight.shape[-1]
-            if self.init == "scaled":
-                nn.init.normal_(
-                    weight, std=1 / math.sqrt(fan_in * (self.num_tokens if weight is self.project_out else 1))
-                )
-            else:
-                nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        if self.output_scale is not None and not self.output_scale.is_meta:
-            self.output_scale.fill_(
-                1 if isinstance(self.output_scale, nn.Parameter) else 1 / math.sqrt(self.num_tokens)
-            )
+        for weight, summed in ((self.project_in, 1), (self.project_out, self.num_tokens)):
+            if weight is not None:
+                fan_in = weight.shape[-1]
+                if self.init == "scaled":
+                    weight.normal_(std=1 / math.sqrt(fan_in * summed))
+                else:
+                    weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.output_scale is not None:
+            learned = isinstance(self.output_scale, nn.Parameter)
+            self.output_scale.fill_(1 if learned else 1 / math.sqrt(self.num_tokens))
 
     @property
     def features_per_row(self) -> int:
-        """Elements of the largest tensor that one row of scores needs, apart from what a layer divides into chunks by itself."""
-        return max(
-            self.num_tokens, *(f.in_features * (f.basis.working_set if f.basis.linear else 1) for f in self.layers)
-        )
+        """Elements of the largest tensor for one row of scores, without what a layer divides into chunks by itself."""
+        sizes = (f.in_features * (f.basis.working_set if f.basis.linear else 1) for f in self.layers)
+        return max(self.num_tokens, *sizes)
 
     def functions(self, scores: Tensor) -> Tensor:
-        """All stages up to the last layer of functions: (B, h, M, N) -> (B, h, M, r or N). Only its products follow autocast."""
+        """All stages up to the last layer of functions: (B, h, M, N) -> (B, h, M, r or N).
+
+        Only the products of that layer follow autocast.
+        """
         with torch.autocast(scores.device.type, enabled=False):
             if self.project_in is not None:
                 scores = scores @ self.project_in.to(scores.dtype).transpose(-1, -2)
@@ -128,7 +131,10 @@ class KArAtOperator(nn.Module):
         return project_l1(sigma) if self.project_l1 else sigma
 
     def attend(self, scores: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-        """sigma(A) V: (B, h, M, N), (B, h, N, d) -> (B, h, M, d), as Phi(A) (W^T V) where nothing stands between W and V."""
+        """sigma(A) V: (B, h, M, N), (B, h, N, d) -> (B, h, M, d).
+
+        It is computed as Phi(A) (W^T V) if there is no operation between W and V.
+        """
         if self.project_out is None or self.project_l1 or dropout:
             return F.dropout(self(scores), dropout).to(value.dtype) @ value
         values = self.project_out.to(value.dtype).transpose(-1, -2) @ value  # (B, h, r, d)

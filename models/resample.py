@@ -1,24 +1,30 @@
-"""Kolmogorov-Arnold operators for another number of tokens: their parameters have token axes, resampled as position embeddings are.
+"""Kolmogorov-Arnold operators for another number of tokens. Their token axes are resampled like position embeddings.
 
-Patches stand for points of an image, so that the two sums over them, over q in Phi(A) and over n in sigma(A) V, have to keep their value when there
-are more of them: the terms of patches are multiplied by P_old / P_new, those of the class token, of which there is one as before, are not. So an image
-whose every patch is split in equal ones gives the same result (but not behind the l1 projection). Folded into the parameters that carry the axis,
+Patches stand for points of an image, so the two sums over them (over q in Phi(A) and over n in sigma(A) V) must keep
+their value when there are more patches. The terms of patches are therefore multiplied by P_old / P_new. The term of the
+class token is not, because there is still one class token. An image whose patches are each split into equal ones then
+gives the same result (except behind the l1 projection). The factor is folded into the parameters that have the token
+axis:
 
-    sum over q    scale_base and scale_basis of the first layer, or project_in where W comes first
-    sum over n    project_out, or scale_base and scale_basis of the last layer where there is none (at depth 1 the same ones again)
+    sum over q    scale_base and scale_basis of the first layer, or project_in if W comes first
+    sum over n    project_out, or without it scale_base and scale_basis of the last layer (at depth 1 the same layer)
 """
 
 import math
 import re
+from collections.abc import Collection
 
 import torch
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from kan_basis.basis import at_least_float32
+
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 _KEY = re.compile(
-    r"((?:.*\.)?(?:operator|karat)\.|)(?:layers\.(\d+)\.(coefficients|scale_base|scale_basis)|(project_in|project_out))"
+    r"((?:.*\.)?(?:operator|karat)\.|)(?:layers\.(\d+)\.(?:coefficients|scale_base|scale_basis)|project_(in|out))"
 )
 
 
@@ -28,7 +34,6 @@ def resample_operator_state(
     new_grid: int | tuple[int, int],
     num_prefix_tokens: int = 1,
     mode: str = "bicubic",
-    antialias: bool = True,
 ) -> dict[str, Tensor]:
     """A copy of the state in which all operators are for the patch grid `new_grid`; everything else is passed on.
 
@@ -36,34 +41,26 @@ def resample_operator_state(
         state_dict: of a model, a KArAtAttention or a KArAtOperator.
         old_grid, new_grid: patches (height, width), one number for a square.
         num_prefix_tokens: class and register tokens in front, not resampled.
-        mode: interpolation, "bicubic", "bilinear" or "nearest" (to the nearest centre); antialias for the first two.
+        mode: interpolation, "bicubic" or "bilinear", both with antialiasing, or "nearest" (to the nearest centre).
     Raises: ValueError for an unknown mode, or parameters that are not for `old_grid`.
     """
     if mode not in INTERPOLATIONS:
         raise ValueError(f"unknown mode '{mode}'; there are: {', '.join(INTERPOLATIONS)}")
-    old, new = ((g, g) if isinstance(g, int) else tuple(g) for g in (old_grid, new_grid))
-    if old == new:
-        return dict(state_dict)
-    ratio = old[0] * old[1] / (new[0] * new[1])
-    matches = {key: match for key in state_dict if (match := _KEY.fullmatch(key))}
-    last = {}  # of each operator, its last layer
-    for match in matches.values():
-        last[match[1]] = max(last.get(match[1], 0), int(match[2] or 0))
+    old, new = to_2tuple(old_grid), to_2tuple(new_grid)
     resampled = dict(state_dict)
-    for key, match in matches.items():
-        prefix, number, name, projection = match.groups()
-        inputs, outputs = 2, 1  # of (h, outputs, inputs[, P])
-        if projection:
-            axes = [inputs if projection == "project_in" else outputs]
-        else:
-            axes = [inputs] * (int(number) == 0 and f"{prefix}project_in" not in state_dict)
-            axes += [outputs] * (int(number) == last[prefix] and f"{prefix}project_out" not in state_dict)
+    if old == new:
+        return resampled
+    prefix, ratio = num_prefix_tokens, math.prod(old) / math.prod(new)
+    options = dict(mode="nearest-exact") if mode == "nearest" else dict(mode=mode, antialias=True)
+    for name, axes in _token_axes(state_dict).items():
+        scale = 1.0 if name.endswith("coefficients") else ratio  # a function that is not linear is scaled outside
         for axis in axes:
-            try:
-                scale = 1.0 if name == "coefficients" else ratio  # a function that is not linear is scaled outside
-                resampled[key] = _resample(resampled[key], axis, old, new, num_prefix_tokens, mode, antialias, scale)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
+            rows = resampled[name].movedim(axis, -1)
+            if rows.shape[-1] != prefix + math.prod(old):
+                raise ValueError(f"{name}: expected {prefix} + {old[0]} x {old[1]} tokens, not {rows.shape[-1]}")
+            patches = at_least_float32(rows[..., prefix:]).reshape(1, -1, *old)
+            patches = (F.interpolate(patches, size=new, **options) * scale).reshape(*rows.shape[:-1], -1).to(rows.dtype)
+            resampled[name] = torch.cat([rows[..., :prefix], patches], -1).movedim(-1, axis).contiguous()
     return resampled
 
 
@@ -74,8 +71,10 @@ def resample_operators(
 
     Raises: ValueError if they are for no square grid behind the class tokens of `model`.
     """
-    old, prefix = _tokens(state_dict), model.num_prefix_tokens
-    if old in (None, prefix + model.patch_embed.num_patches):
+    prefix = model.num_prefix_tokens
+    counts = {state_dict[name].shape[axis] for name, axes in _token_axes(state_dict).items() for axis in axes}
+    old = min(counts - {prefix + model.patch_embed.num_patches}, default=None)
+    if old is None:
         return state_dict
     side = math.isqrt(max(0, old - prefix))
     if prefix + side**2 != old:
@@ -83,30 +82,15 @@ def resample_operators(
     return resample_operator_state(state_dict, side, model.patch_embed.grid_size, prefix, mode)
 
 
-def _tokens(state_dict: dict[str, Tensor]) -> int | None:
-    """The number of tokens that operators are for, None where there are no operators."""
-    for key, value in state_dict.items():
-        match = _KEY.fullmatch(key)
-        if match and (match[4] == "project_in" or match[2] == "0" and f"{match[1]}project_in" not in state_dict):
-            return value.shape[2]
-    return None
-
-
-def _resample(
-    x: Tensor,
-    axis: int,
-    old: tuple[int, int],
-    new: tuple[int, int],
-    prefix: int,
-    mode: str,
-    antialias: bool,
-    scale: float,
-) -> Tensor:
-    """Along the token axis: `prefix` tokens as they are, then the patches of the grid, row by row, times `scale`."""
-    if x.shape[axis] != prefix + old[0] * old[1]:
-        raise ValueError(f"expected {prefix} + {old[0]} x {old[1]} tokens, not {x.shape[axis]}")
-    rows = x.movedim(axis, -1)
-    patches = rows[..., prefix:].reshape(1, -1, *old).to(torch.promote_types(x.dtype, torch.float32))
-    options = dict(mode="nearest-exact") if mode == "nearest" else dict(mode=mode, antialias=antialias)
-    patches = (F.interpolate(patches, size=new, **options) * scale).reshape(*rows.shape[:-1], -1).to(x.dtype)
-    return torch.cat([rows[..., :prefix], patches], -1).movedim(-1, axis).contiguous()
+def _token_axes(names: Collection[str]) -> dict[str, list[int]]:
+    """The axes of tokens of every parameter (h, outputs, inputs[, P]) of an operator, by name."""
+    outputs, inputs = 1, 2
+    axes = {}
+    for name in names:
+        if match := _KEY.fullmatch(name):
+            prefix, layer, projection = match.groups()
+            first = projection == "in" or layer == "0" and f"{prefix}project_in" not in names
+            is_last = layer and f"{prefix}layers.{int(layer) + 1}.coefficients" not in names
+            last = projection == "out" or is_last and f"{prefix}project_out" not in names
+            axes[name] = [axis for axis, is_token in ((inputs, first), (outputs, last)) if is_token]
+    return axes

@@ -1,90 +1,51 @@
-"""Does this Python satisfy requirements.txt, and do its packages import together?
+"""Print whether this Python has what requirements.txt lists above "# Optional", in one line; exit status 0 if it has.
 
-    python run_scripts/check_env.py [requirements.txt]
-
-Prints one line; exit status 0 if satisfied, else 1. Needs only the standard library and `packaging` (or pip, which carries it).
-Versions alone prove little: a torch and a torchvision that do not belong together fail at import
-("operator torchvision::nms does not exist"), and so does SciPy built for another NumPy. So every required package is imported.
+Each package is imported, because versions alone prove little: a torchvision built for another torch fails at import.
 """
 
-import re
 import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    print(f"is Python {sys.version.split()[0]}, and 3.10 or newer is needed")
+    sys.exit(1)
+
+import re
 import warnings
 from importlib import import_module, metadata
 from pathlib import Path
 
-try:
-    from packaging.requirements import Requirement
-except ImportError:
-    try:
-        from pip._vendor.packaging.requirements import Requirement
-    except ImportError:
-        print("lacks pip and packaging")
-        sys.exit(1)
-
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = {"cupy", "fvcore", "wandb"}  # everything runs without them
-MODULES = {
-    "scikit-learn": "sklearn",
-    "pillow": "PIL",
-    "pytest-xdist": "xdist",
-}  # where the module is not named like the package
-CUPY = re.compile(r"cupy(-cuda\d+x|-rocm-[\d-]+)?")  # any wheel of CuPy will do: which one depends on torch's CUDA
+MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pytest-xdist": "xdist"}
 
 
-def read_requirements(path: Path) -> list[Requirement]:
-    """Requirements of a file that apply to this Python and machine."""
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in path.read_text().splitlines())
-    requirements = [Requirement(line) for line in lines if line]
-    return [r for r in requirements if r.marker is None or r.marker.evaluate()]
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def installed_version(name: str) -> str | None:
-    if CUPY.fullmatch(name):
-        names = (dist.metadata["Name"] or "" for dist in metadata.distributions())
-        name = next((n for n in names if CUPY.fullmatch(n.lower())), name)
+def problem(name: str, least: str) -> str:
+    """What is wrong with a package; "" if it is installed, not older than the version `least`, and can be imported."""
     try:
-        return metadata.version(name)
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def import_error(name: str) -> str | None:
+        return f"lacks {name}"
+    if numbers(version) + [0] * len(numbers(least)) < numbers(least):
+        return f"has {name} {version}, older than {least}"
     try:
         import_module(MODULES.get(name, name.replace("-", "_")))
-    except (Exception, SystemExit) as e:  # a broken build raises anything: ImportError, OSError, RuntimeError
-        first_line = (str(e).splitlines() or [""])[0]
-        return f"{type(e).__name__}: {first_line}"[:200]
-    return None
+    except Exception as error:  # A broken build can raise almost any exception.
+        return f"has {name} {version}, which cannot be imported ({type(error).__name__}: {error})".replace("\n", " ")
+    return ""
 
 
-def check(path: Path = ROOT / "requirements.txt") -> tuple[list[str], list[str]]:
-    """What is wrong, and which optional packages are absent or too old; both empty if everything is there."""
-    missing, wrong, optional, present = [], [], [], []
-    for requirement in read_requirements(path):
-        name = "cupy" if CUPY.fullmatch(requirement.name) else requirement.name
-        version = installed_version(requirement.name)
-        if version is None:
-            (optional if name in OPTIONAL else missing).append(name)
-        elif not requirement.specifier.contains(version, prereleases=True):
-            (optional if name in OPTIONAL else wrong).append(f"{name} {version} (not {requirement.specifier})")
-        elif name not in OPTIONAL:
-            present.append((name, version))
-    problems = (["lacks " + ", ".join(missing)] if missing else []) + wrong
-    if not problems:  # imports take seconds: only when all versions are right
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            errors = ((name, version, import_error(name)) for name, version in present)
-            problems = [f"{name} {version} does not import ({error})" for name, version, error in errors if error]
-    return problems, optional
-
-
-def main() -> int:
-    problems, optional = check(*map(Path, sys.argv[1:2]))
-    without = f" (optional, absent: {', '.join(optional)})" if optional else ""
-    print("; ".join(problems) or "has all of requirements.txt" + without)
-    return bool(problems)
+def problems(path: Path = ROOT / "requirements.txt") -> list[str]:
+    """One sentence without its subject for each package that does not fit; lines have the form `name>=version`."""
+    required = re.findall(r"^([\w.-]+)(?:>=([\d.]+))?", path.read_text().partition("\n# Optional")[0], re.MULTILINE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [found for name, least in required if (found := problem(name, least))]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    found = sorted(problems(), reverse=True)  # the packages that it lacks come first
+    print("; ".join(found).replace("; lacks ", ", ") or "has all of requirements.txt")
+    sys.exit(bool(found))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Says what this machine has for the CUDA kernels, one line each, with a remedy for each fault: bash run_scripts/doctor.sh
-# Exit code 0: everything that was checked works; 1: something does not.
+# Checks what the CUDA kernels need on this machine and prints one line for each check, with a remedy for each fault:
+#   bash run_scripts/doctor.sh
+# Exit status 0 if every check passes, else 1.
 set -euo pipefail
 # shellcheck source=run_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -1,10 +1,10 @@
-"""Makes train/<wnid>/ and val/<wnid>/ of ImageNet-1K from its archives, with torchvision's functions.
+"""Extracts ImageNet-1K's archives into train/<wnid>/ and val/<wnid>/, with torchvision's functions.
 
     python run_scripts/extract_imagenet.py FOLDER_WITH_TARS [--out DIR]
 
-The folder holds ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, whose md5 is checked;
-they stay where they are. A part is extracted under another name and named train or val once it is complete: run this again
-after an interruption, and complete parts are kept while an unfinished one starts anew.
+The folder holds ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are
+kept; their md5 is checked. A part has another name until it is complete. After an interruption, run this again:
+complete parts are kept, and an incomplete one is extracted again.
 """
 
 import argparse
@@ -17,30 +17,26 @@ from torchvision.datasets import imagenet
 SOURCE = "https://image-net.org/download-images"
 
 
-def complete(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
 def parse(function, archive: Path, out: Path, **options) -> None:
     try:
         function(out, str(archive), **options)
     except RuntimeError as error:
         if "corrupted" in str(error):  # torchvision's check of the md5
             raise RuntimeError(
-                f"{archive} is incomplete or corrupt, its md5 is not the published one; get it anew from {SOURCE}"
+                f"{archive} is incomplete or corrupt, its md5 is not the published one: get it again from {SOURCE}"
             ) from error
         raise
 
 
 def extract(archives: Path, out: Path) -> None:
     """Raises: RuntimeError (an archive is missing or corrupt) or OSError."""
-    parts = [part for part in ("train", "val") if not complete(out / part)]
+    parts = [part for part in ("train", "val") if not any(out.glob(f"{part}/*"))]
     files = {
         name: archives.resolve() / imagenet.ARCHIVE_META[name][0] for name in parts + ["devkit"] * ("val" in parts)
     }
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
-        raise RuntimeError(f"{archives} lacks {', '.join(missing)}; get what is missing from {SOURCE}")
+        raise RuntimeError(f"{archives} lacks {', '.join(missing)}; get them from {SOURCE}")
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         print(f"{part}: checking and extracting {files[part].name}", flush=True)
@@ -54,9 +50,8 @@ def extract(archives: Path, out: Path) -> None:
             parse(imagenet.parse_val_archive, files["val"], out, folder=unfinished.name)
         unfinished.rename(out / part)
     for part in ("train", "val"):
-        print(
-            f"{out / part}: {sum(1 for _ in (out / part).iterdir())} classes{'' if part in parts else ', was there already'}"
-        )
+        classes = len(list((out / part).iterdir()))
+        print(f"{out / part}: {classes} classes{'' if part in parts else ', was there already'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"extract_imagenet.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run this again to go on", file=sys.stderr)
+        print("interrupted; run this again to continue", file=sys.stderr)
         return 130
     return 0
 

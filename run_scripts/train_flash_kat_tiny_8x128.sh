@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FlashKAT-T (arXiv:2505.13813) on ImageNet-1K, from scratch. It is KAT-T's function; the figure cited is KAT-T's,
 # 74.6 % top-1 (arXiv:2409.10594).
-# Effective batch 8 x 128 = 1024. Learning rate 1e-3 as it stands: a data folder given by position means an unscaled rate.
+# Effective batch 8 x 128 = 1024. The learning rate 1e-3 is not scaled, because the data folder comes first.
 #   DATA_PATH=/path/to/imagenet bash run_scripts/train_flash_kat_tiny_8x128.sh [argument of main.py ...]
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/train_kat.sh" flash_kat_tiny_swish_patch16_224 --drop-path 0.1 \

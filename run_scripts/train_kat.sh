@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# KAT's published ImageNet-1K recipe (arXiv:2409.10594), called by train_kat_*.sh and train_flash_kat_*.sh with what differs:
+# KAT's published ImageNet-1K recipe (arXiv:2409.10594); train_kat_*.sh and train_flash_kat_*.sh call it:
 #   train_kat.sh MODEL [argument of main.py ...]      a later argument overrides an earlier one
 # DATA_PATH   folder that holds train/ and val/
-# GPUS        processes on this machine, default 8. The effective batch stays 1024: each takes 1024 / GPUS images. Where these do not
-#             fit, accumulate: GPUS=2 ... -b 128 --grad-accum-steps 4
+# GPUS        processes on this machine, default 8. The effective batch is always 1024: each takes 1024 / GPUS images.
+#             If these do not fit into memory, accumulate gradients: GPUS=2 ... -b 128 --grad-accum-steps 4
+#
+# The published runs used timm's trainer, which differs: its seed is 42 (here 0); its mixed precision is float16 (here
+# bfloat16 where the GPU supports it); it mixes uint8 images while it collates a batch, before normalisation and random
+# erasing (here, as in DeiT, images are normalised and erased first, then mixed).
 set -euo pipefail
 MODEL=${1:?train_kat.sh: the first argument must be a model}
 DATA_PATH=${DATA_PATH:-/path/to/imagenet}
 GPUS=${GPUS:-8}
 if [ ! -d "$DATA_PATH" ]; then
-    echo "train_kat.sh: there is no folder $DATA_PATH; set DATA_PATH to the folder that holds ImageNet's train/ and val/" >&2
+    echo "train_kat.sh: no folder $DATA_PATH: set DATA_PATH to the folder that holds ImageNet's train/ and val/" >&2
     exit 2
 fi
 if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]] || ((1024 % GPUS)); then

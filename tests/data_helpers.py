@@ -1,31 +1,38 @@
 """Arguments and images that several tests share."""
 
-import math
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
+import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
-ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10-jpg.tar.xz"
+import models  # noqa: F401
+
 CPU = torch.device("cpu")
 POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "rand-m15-n2-mstd1.0-inc1"]  # DeiT, KAT, KArAt
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def photographs(folder, train=math.inf, validation=math.inf):
-    """So many training and validation images of each class of CIFAR-10, as JPEG files in class folders; the test is skipped where they are not there."""
-    if not ARCHIVE.exists():
-        pytest.skip(f"{ARCHIVE.name} is not there")
-    with tarfile.open(ARCHIVE, "r|xz") as archive:
-        for member in archive:
-            if member.isfile() and int(Path(member.name).stem) < (
-                train if member.name.startswith("train") else validation
-            ):
-                archive.extract(member, folder, filter="data")
+def photographs(folder, train: int, validation: int) -> None:
+    """JPEG files of 32 x 32 pixels in ten class folders, `train` and `validation` images for each class.
+
+    The classes are five columns, 128 pixels wide, of scikit-learn's two sample photographs each; the images are random
+    crops of 64 x 64 pixels from a column, scaled down. Training and validation crops may overlap.
+    """
+    rng = np.random.default_rng(0)
+    sample = load_sample_images()
+    for file, pixels in zip(sample.filenames, sample.images):
+        photograph = Image.fromarray(pixels)
+        for column in range(5):
+            for split, count in (("train", train), ("val", validation)):
+                path = Path(folder, split, f"{Path(file).stem}_{column}")
+                path.mkdir(parents=True)
+                for i in range(count):
+                    x, y = 128 * column + rng.integers(65), rng.integers(pixels.shape[0] - 63)
+                    photograph.resize((32, 32), box=(x, y, x + 64, y + 64)).save(path / f"{i}.jpg", quality=90)
 
 
 def make_args(**overrides):
@@ -68,3 +75,10 @@ def noise(width=48, height=40, seed=0):
 def normalised(value):
     """Pixel values in [0, 1], (3, H, W) or one number, after normalisation: (3, H, W) or (3, 1, 1)."""
     return (value - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def random_weights(name: str, **kwargs) -> dict[str, torch.Tensor]:
+    """The state dict of a timm model, filled at random so that every tensor matters."""
+    torch.manual_seed(1)
+    model = timm.create_model(name, **kwargs)
+    return {key: value + 0.05 * torch.randn_like(value) for key, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""KArAt written down edge by edge: loops over scalars, no batch, no features. The tests compare the layer and the operator with it."""
+"""KArAt edge by edge, in loops over scalars, without batches or features; the reference of layer and operator."""
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ BASES = {
     "spline": dict(grid=2, order=2, grid_range=(-2, 2)),
     "wavelet": dict(wavelet="mexican_hat"),
     "rational": dict(degrees=(3, 2), version="B"),
+    "chebyshev": dict(order=2),
+    "radial": dict(grid=3, grid_range=(-1, 1)),
 }
 
 STAGES = [

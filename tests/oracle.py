@@ -1,6 +1,7 @@
-"""The published formulation of the group rational, made right: a loop over groups that stacks the powers of x.
+"""The published formulation of the group-rational functions: a loop over groups that stacks the powers of x.
 
-An independent second formulation for the tests, differentiated by autograd; slow on purpose. sign(0) = +1 for x and for b.
+A second, independent formulation for the tests, differentiated by autograd and slow on purpose. Unlike the published
+one it has sign(0) = +1, for x and for b.
 """
 
 import torch
@@ -12,7 +13,7 @@ def _abs(t: Tensor) -> Tensor:
 
 
 def rational_oracle(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """x (..., C) -> (..., C); numerator (groups, m + 1), denominator (groups, n), group counts may differ."""
+    """x (..., C) -> (..., C); numerator (groups, m + 1) and denominator (groups, n) may have different groups."""
     C, groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
     width = C // groups
     outputs = []

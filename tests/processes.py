@@ -1,5 +1,7 @@
-"""main.py in several processes: `python processes.py N FLAGS` starts them as torchrun would, but forked after the imports, which take longer than
-the small runs of the tests. Ends with the first exit code that is not 0."""
+"""`python processes.py N FLAGS` runs main.py in N processes, as torchrun does, but forks them after the imports.
+
+The imports take longer than the small runs of the tests. The exit code is the first one that is not 0.
+"""
 
 import os
 import socket

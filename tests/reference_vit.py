@@ -1,4 +1,4 @@
-"""Vision transformers stated once more, in float64 on raw arrays: what the tensors of a checkpoint imply, for the tests."""
+"""Vision transformers written out in float64 on raw arrays: what the tensors of a checkpoint imply."""
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def _activation(w: dict, block: str, place: int, x: Tensor) -> Tensor:
 
 
 def logits(weights: dict[str, Tensor], images: Tensor, num_heads: int) -> Tensor:
-    """Classifier outputs of a timm-style ViT, DeiT (with distillation token: mean of both heads), KAT or FlashKAT, from its tensors."""
+    """Outputs of a timm-style ViT, DeiT, KAT or FlashKAT; with a distillation token, the mean of both heads."""
     w, x = {name: value.double() for name, value in weights.items()}, images.double()
     patch = w["patch_embed.proj.weight"].shape[-1]
     x = (
@@ -41,7 +41,7 @@ def logits(weights: dict[str, Tensor], images: Tensor, num_heads: int) -> Tensor
     for i in range(sum(name.endswith(".attn.qkv.weight") for name in w)):
         b = f"blocks.{i}."
 
-        def linear(name: str, x: Tensor) -> Tensor:
+        def linear(name: str, x: Tensor, b: str = b) -> Tensor:
             return x @ w[f"{b}{name}.weight"].T + w[f"{b}{name}.bias"]
 
         qkv = linear("attn.qkv", _layer_norm(x, w[b + "norm1.weight"], w[b + "norm1.bias"])).unflatten(

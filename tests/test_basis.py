@@ -1,6 +1,7 @@
 """Every basis of the registry and every wavelet, against formulas written out for one number at a time."""
 
 import math
+from dataclasses import FrozenInstanceError, dataclass, fields
 
 import numpy as np
 import pytest
@@ -8,8 +9,17 @@ import torch
 from scipy.interpolate import BSpline
 
 import kan_basis
-from kan_basis import BASES, FourierBasis, RationalBasis, SplineBasis, WaveletBasis, make_basis
-from kan_basis.basis import INITS, Basis, mean_square, register
+from kan_basis import (
+    BASES,
+    ChebyshevBasis,
+    FourierBasis,
+    RadialBasis,
+    RationalBasis,
+    SplineBasis,
+    WaveletBasis,
+    make_basis,
+)
+from kan_basis.basis import INITS, USES, Basis, make_basis_for, mean_square, option, option_names, register
 from kan_basis.wavelet import MIN_SCALE, WAVELETS, register_wavelet
 
 OPTIONS = {
@@ -17,6 +27,8 @@ OPTIONS = {
     "spline": [{}, {"grid": 1, "order": 1}, {"grid": 5, "order": 2, "grid_range": (-3, 2)}, {"grid": 4, "order": 0}],
     "rational": [{}, {"version": "A"}, {"degrees": (0, 1)}, {"degrees": (3, 6), "version": "A"}],
     "wavelet": [{"wavelet": name} for name in WAVELETS],
+    "chebyshev": [{}, {"order": 1}, {"order": 7}],
+    "radial": [{}, {"grid": 2}, {"grid": 5, "grid_range": (-1, 3)}],
 }
 EVERY = [make_basis(name, **options) for name in BASES if name in OPTIONS for options in OPTIONS[name]]
 every = pytest.mark.parametrize("basis", EVERY, ids=repr)
@@ -60,9 +72,18 @@ def literal(basis, x, theta):
         return [sum(a[m] * math.cos((m + 1) * v) + b[m] * math.sin((m + 1) * v) for m in range(basis.grid)) for v in x]
     if isinstance(basis, RationalBasis):
         (m, n), b = basis.degrees, theta[basis.degrees[0] + 1 :]
-        terms = lambda v: [b[j] * v ** (j + 1) for j in range(n)]
+
+        def terms(v):
+            return [b[j] * v ** (j + 1) for j in range(n)]
+
         q = {"A": lambda v: 1 + sum(map(abs, terms(v))), "B": lambda v: 1 + abs(sum(terms(v)))}[basis.version]
         return [sum(theta[i] * v**i for i in range(m + 1)) / q(v) for v in x]
+    if isinstance(basis, ChebyshevBasis):
+        angles = [math.acos(math.tanh(v)) for v in x]
+        return [sum(c * math.cos(n * angle) for n, c in enumerate(theta)) for angle in angles]
+    if isinstance(basis, RadialBasis):
+        centres, h = np.linspace(*basis.grid_range, basis.grid, retstep=True)
+        return [sum(t * math.exp(-(((v - c) / h) ** 2)) for t, c in zip(theta, centres)) for v in x]
     if isinstance(basis, WaveletBasis):
         return [theta[0] * LITERAL_WAVELETS[basis.wavelet]((v - theta[1]) / theta[2]) for v in x]
     (lo, hi), k = basis.grid_range, basis.order
@@ -129,9 +150,8 @@ def test_half_precision_is_computed_in_float32(basis, dtype):
     exact = basis(x.double(), theta.double())
     assert exact.dtype is torch.float64
     error = (basis(x, theta.float()).double() - exact).abs().max() / exact.abs().max()
-    if not (
-        isinstance(basis, SplineBasis) and basis.order == 0
-    ):  # constant pieces: float32 may take a point for the next cell's
+    # With constant pieces float32 may put a point into the next cell.
+    if not (isinstance(basis, SplineBasis) and basis.order == 0):
         assert error < 3e-6
     assert torch.equal(y, basis(x.float(), theta.float()).to(dtype))
 
@@ -157,9 +177,11 @@ def test_scaled_init_sums_to_variance_1(basis):
 
 
 @every
-def test_published_init_is_a_standard_normal(basis):
+def test_published_init_is_a_normal_of_the_published_deviation(basis):
     theta = torch.full((20000, basis.num_coefficients), math.nan)
     basis.reset_(theta, fan_in=9)
+    deviations = {"chebyshev": 1 / (9 * basis.num_coefficients), "radial": 0.1}
+    theta /= deviations.get(basis.name, 1.0)
     drawn = theta[:, :1] if isinstance(basis, WaveletBasis) else theta
     if isinstance(basis, WaveletBasis):
         assert not theta[:, 1].any() and (theta[:, 2] == 1).all()
@@ -193,13 +215,17 @@ def test_wrong_coefficients_and_inits_get_a_sentence(basis):
         ("rational", {"degrees": (5,)}, "degrees must be"),
         ("rational", {"version": "C"}, "unknown version 'C'; there are: A, B"),
         ("wavelet", {"wavelet": "haar"}, "unknown wavelet 'haar'; there are: .*mexican_hat"),
-        ("chebyshev", {}, "unknown basis 'chebyshev'.*fourier"),
+        ("chebyshev", {"order": 0}, "order must be at least 1"),
+        ("radial", {"grid": 1}, "grid must be at least 2"),
+        ("radial", {"grid_range": (2, 2)}, "finite and increasing"),
+        ("radial", {"grid_range": (0, 1, 2)}, "grid_range must be 2 numbers"),
+        ("legendre", {}, "unknown basis 'legendre'.*fourier"),
     ],
 )
 def test_bad_options_get_a_sentence(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_basis(name, **options)
-    with pytest.raises(ValueError, match="a grid that x ~ N"):
+    with pytest.raises(ValueError, match=r"functions that x ~ N\(0, 1\) reaches"):
         SplineBasis(3, 3, (50, 60)).reset_(torch.empty(6), "scaled")
 
 
@@ -213,6 +239,54 @@ def test_registries_refuse_a_second_owner_of_a_name():
 
     with pytest.raises(ValueError, match="there is a wavelet 'dog' already"):
         register_wavelet(dog)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_options_of_a_model_make_the_basis(use):
+    prefix = "mlp_" if use == "mlp" else ""
+    assert make_basis_for(use, "SplineBasis", {f"{prefix}grid": 5}).grid == 5
+    assert make_basis_for(use, "spline", {}).grid_range == ((-3, 3) if use == "mlp" else (-1, 1))
+    assert make_basis_for(use, "rational", {}).version == ("A" if use == "mlp" else "B")
+    name = "mlp_wavelet" if use == "mlp" else "wavelet_type"
+    assert make_basis_for(use, "wavelet", {name: "dog"}) == WaveletBasis("dog")
+    with pytest.raises(
+        ValueError, match=f"{prefix}order is an option of ChebyshevBasis or SplineBasis, not of Fourier"
+    ):
+        make_basis_for(use, "fourier", {f"{prefix}order": 3})
+    assert {f"{prefix}grid", f"{prefix}order", f"{prefix}grid_range", name} < option_names(use)
+    assert ("mlp_numerator_groups" in option_names(use)) == (use == "mlp")
+
+
+def test_an_option_has_one_type_in_all_bases():
+    @dataclass(frozen=True)
+    class Odd(Basis):
+        grid: float = option(0.5, "no number of cells")
+
+    with pytest.raises(TypeError, match="an option has no min"):
+        option(1, "a misspelt keyword", min=1)
+    with pytest.raises(ValueError, match="option grid of the odd basis has another type"):
+        register("odd")(Odd)
+    assert "odd" not in BASES
+
+
+@every
+def test_a_basis_is_described_by_its_options(basis):
+    options = {f.name: getattr(basis, f.name) for f in fields(basis)}
+    twin = make_basis(basis.name, **options)
+    assert twin == basis and hash(twin) == hash(basis) and repr(twin) == repr(basis) and twin is not basis
+    assert all(other == basis or repr(other) != repr(basis) for other in EVERY)
+    assert basis.flops >= 1 and basis.formula and all(f.metadata["help"] for f in fields(basis))
+    with pytest.raises(FrozenInstanceError):
+        basis.grid = 1
+
+
+@every
+def test_the_zero_function_is_zero_and_trains(basis):
+    theta = basis.zero_(torch.full((3, basis.num_coefficients), math.nan)).requires_grad_()
+    y = basis(torch.randn(50, 1), theta)
+    assert not y.any()
+    (grad,) = torch.autograd.grad((y - 1).square().sum(), theta)
+    assert grad.isfinite().all() and grad.abs().sum(-1).all()
 
 
 def test_fourier_in_float32_far_from_zero():
@@ -239,12 +313,11 @@ def test_fit_recovers_curves():
     theta = torch.randn(2, 3, basis.num_coefficients, dtype=torch.float64)
     x = torch.linspace(-2, 2, 50, dtype=torch.float64)
     torch.testing.assert_close(basis.fit(x, basis(x, theta.unsqueeze(-2))), theta, rtol=0, atol=1e-11)
-    own = 4 * torch.rand(2, 3, 60, dtype=torch.float64) - 2  # samples of its own for every curve
-    torch.testing.assert_close(basis.fit(own, basis(own, theta.unsqueeze(-2))), theta, rtol=0, atol=1e-8)
+    samples = 4 * torch.rand(2, 3, 60, dtype=torch.float64) - 2  # other samples for each curve
+    torch.testing.assert_close(basis.fit(samples, basis(samples, theta.unsqueeze(-2))), theta, rtol=0, atol=1e-8)
     assert basis.fit(x.float(), x.sin().float()).dtype is torch.float32
-    assert (
-        SplineBasis(20, 3, (-2, 2)).fit(x[x < 0], x[x < 0].sin()).abs() < 2
-    ).all()  # nothing known above 0: the smallest solution
+    # Nothing is known above 0, so the smallest solution is taken.
+    assert (SplineBasis(20, 3, (-2, 2)).fit(x[x < 0], x[x < 0].sin()).abs() < 2).all()
     with pytest.raises(ValueError, match="fit needs x"):
         basis.fit(x, x[1:])
 
@@ -260,7 +333,7 @@ def test_fit_recovers_curves():
     ],
 )
 def test_refit_keeps_the_function(new, tolerance):
-    """Exact where the new knots contain the old ones, with the outside: 15 cells on [-5, 5] have all the knots of 3 cells on [-1, 1]."""
+    """Exact if the new knots contain the old ones: 15 cells on [-5, 5] have all the knots of 3 cells on [-1, 1]."""
     old = SplineBasis(3, 3, (-1, 1))
     theta = torch.randn(4, old.num_coefficients, dtype=torch.float64)
     refitted = old.refit(theta, new)

@@ -1,4 +1,4 @@
-"""Data sets and the sentences that bad data gets."""
+"""Data sets, and the sentences about bad data."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ TREE = [f"{folder}/{name}/{i}.jpg" for folder in ("train", "val") for name in ("
 
 
 def make_tree(root, paths=TREE):
-    """Images, texts (.txt) and folders (/)."""
+    """Make images, text files (.txt) and folders (names that end with /)."""
     for name in paths:
         path = Path(root, name)
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def test_subset_arguments():
     train, val, classes = build_datasets(args)
     assert set(np.bincount(train.targets)) <= {9, 10, 11} and set(np.bincount(val.targets)) <= {1, 2, 3}
     assert len(classes) == 10
-    np.random.seed(123)  # global generators have no say
+    np.random.seed(123)  # Global generators have no effect.
     np.testing.assert_array_equal(build_datasets(args)[0].images, train.images)
     assert not np.array_equal(build_datasets(make_args(train_subset=100, seed=8))[0].images, train.images)
     for overrides in ({"train_subset": 0}, {"val_subset": 298}):
@@ -128,7 +128,7 @@ def test_image_folder_tree(tmp_path, val):
     assert (len(train), len(held_out), classes) == (7, 6, ["cat", "dog"])
     random_crops = [any(isinstance(s, T.RandomCrop) for s in part.transform.transforms) for part in (train, held_out)]
     assert random_crops == [True, False]
-    train = pickle.loads(pickle.dumps(train))  # what a spawned worker gets
+    train = pickle.loads(pickle.dumps(train))  # as for a spawned worker
     images, targets = zip(*train)
     assert {image.shape for image in images} == {(3, 32, 32)} and targets == (0, 0, 0, 0, 1, 1, 1)
 
@@ -337,7 +337,7 @@ def test_unreadable_image_is_named_while_reading(tmp_path, num_workers):
     with pytest.raises(DataError) as caught:
         list(build_loader(train, args, CPU, num_workers, is_train=True, batch_size=2))
     error = caught.value.with_traceback(None)
-    del caught  # frees the loader here: collected later, its worker takes 5 s to stop
+    del caught  # Frees the loader here; collected later, its worker takes 5 s to stop.
     assert str(error).startswith(f"{tmp_path}/train/dog/2.jpg cannot be read as an image (OSError: ")
     assert "\n" not in str(error) and str(pickle.loads(pickle.dumps(error))) == str(error)
 
@@ -355,7 +355,7 @@ def test_good_images_are_decoded_once(tmp_path, monkeypatch):
     assert len(decoded) == 24
     args.check_images = "auto"
     break_image(tmp_path / "val/cat/0.jpg", "truncated")
-    for _ in range(2):  # a failure is not remembered
+    for _ in range(2):  # A failed check leaves no mark.
         assert "val/cat/0.jpg" in error_of(args)
     assert len(decoded) == 48
 
@@ -389,7 +389,7 @@ def run_rank(rank, folder, args, url, queue):
 
 
 def test_every_rank_ends_with_the_same_sentence(tmp_path, closed_port):
-    """An unreadable image in the share of rank 1, a failing download, a good tree, a slow download: nobody hangs."""
+    """An unreadable image in the share of rank 1, a failing download, a good tree, a slow download: no rank hangs."""
     bad, good = make_tree(tmp_path / "bad"), make_tree(tmp_path / "good")
     break_image(tmp_path / "bad/train/cat/1.jpg", "truncated")
     cases = [bad, make_args(data_set="CIFAR10", data_path=str(tmp_path / "cifar")), good, make_args(data_set="SLOW")]
@@ -502,7 +502,8 @@ def test_real_jpegs(tmp_path):
     photographs(tmp_path, train=2, validation=2)
     args = make_args(data_set="IMNET", data_path=str(tmp_path), aa=POLICIES[2], reprob=0.25)
     train, val, classes = build_datasets(args)
-    assert len(classes) == 10 and len(train) == len(val) == 20 and "airplane" in classes
+    assert classes == [f"{photograph}_{column}" for photograph in ("china", "flower") for column in range(5)]
+    assert len(train) == len(val) == 20
     images, targets = next(iter(build_loader(train, args, CPU, 1, is_train=True, batch_size=20)))
     assert images.shape == (20, 3, 32, 32) and targets.bincount().tolist() == [2] * 10
     images, _ = next(iter(build_loader(val, args, CPU, 1, is_train=False, batch_size=20)))

@@ -1,3 +1,4 @@
+import copy
 import re
 import types
 
@@ -5,9 +6,12 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader
 
 from engine import NonFiniteLoss, Training, _accumulation_window, evaluate, train_one_epoch
 from losses import DistillationLoss
+from samplers import ExactEvalBatchSampler
 from utils import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -135,6 +139,21 @@ def test_models_evaluated_together_get_the_figures_they_get_alone():
     assert together == {name: evaluate({name: model}, data, "off", ALONE)[name] for name, model in models.items()}
     assert list(together) == list(models) and len({result["loss"] for result in together.values()}) == 3
     assert not any(model.training for model in models.values())
+
+
+def test_compiled_models_share_one_graph_for_every_batch_and_evaluation():
+    models = {name: nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Dropout(0.5)) for name in ("raw", "EMA")}
+    data = [(torch.randn(4), i % 9) for i in range(22)]
+    loader = DataLoader(data, batch_sampler=ExactEvalBatchSampler(22, 8))  # 8, 8 and 6 images
+    torch.compiler.reset()
+    counters.clear()
+    for _ in range(2):
+        got = evaluate(models, loader, "off", ALONE, compiled=True)
+        for name, want in evaluate(models, loader, "off", ALONE).items():
+            assert got[name] == pytest.approx(want, rel=1e-6)
+        models["EMA"] = copy.deepcopy(models["EMA"])  # as with --model-ema-force-cpu
+        models["raw"][0].weight.data += 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])

@@ -10,10 +10,12 @@ import torch
 
 import main
 import models  # noqa: F401
-import weights
+from checkpoint import Checkpoint
+from models.published import model_in
+from tests.data_helpers import random_weights
 from tests.reference_vit import npz_arrays
+from tests.test_checkpoint_read import Hostile
 from tests.test_main import call, log
-from tests.test_weights import Hostile, random_weights
 
 FLAGS = [
     "--data-set",
@@ -81,7 +83,8 @@ def test_a_vit_trains_on_as_a_kat_and_its_raw_or_averaged_weights_are_taken(tmp_
         for line in (
             "resampled: pos_embed (1, 17, 64) -> (1, 37, 64)",
             "not loaded: head.weight (1000, 64) -> (10, 64), head.bias (1000,) -> (10,)",
-            "start anew: blocks.{0-3}.mlp.act1.weight_numerator, blocks.{0-3}.mlp.act1.weight_denominator, blocks.{0-3}.mlp.act2",
+            "keep their initial values: blocks.{0-3}.mlp.act1.weight_numerator, "
+            "blocks.{0-3}.mlp.act1.weight_denominator, blocks.{0-3}.mlp.act2",
         ):
             assert line in output, line
     end = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
@@ -257,7 +260,7 @@ def test_data_folder_anywhere_on_the_command_line(tmp_path):
         ["--amp", "--epochs", "3", str(tmp_path), "-b", "4"],
         ["-b", "4", "--amp", str(tmp_path)],
     ):
-        args, _ = parse(argv, lambda a: None)
+        args = parse(argv).args
         assert (args.data_set, args.data_path, args.unscale_lr, args.batch_size, args.timm_style) == (
             "IMNET",
             str(tmp_path),
@@ -272,16 +275,14 @@ def test_data_folder_anywhere_on_the_command_line(tmp_path):
             False,
             True,
         )
-    args, _ = parse([str(tmp_path), "--no-unscale-lr", "--data-set", "CIFAR10", "--repeated-aug"], lambda a: None)
+    args = parse([str(tmp_path), "--no-unscale-lr", "--data-set", "CIFAR10", "--repeated-aug"]).args
     assert (args.data_set, args.unscale_lr, args.repeated_aug) == ("CIFAR10", False, True)
-    assert (
-        parse(["--data-path", str(tmp_path)], lambda a: None)[0].data_set == "IMNET"
-        and parse([], lambda a: None)[0].data_set == "DIGITS"
-    )
-    kept = {"args": {"data_set": "CIFAR10", "data_path": "/old", "unscale_lr": True}}
-    args, _ = parse(["--eval", "--resume", "x", "--data-path", str(tmp_path)], lambda a: kept)
+    assert parse(["--data-path", str(tmp_path)]).args.data_set == "IMNET" and parse([]).args.data_set == "DIGITS"
+    settings = {"data_set": "CIFAR10", "data_path": "/old", "unscale_lr": True}
+    kept = Checkpoint("x", {}, model="kat_tiny_patch16_224", settings=settings)
+    args = parse(["--eval", "--resume", "x", "--data-path", str(tmp_path)], lambda _: kept).args
     assert (args.data_set, args.data_path) == ("CIFAR10", str(tmp_path))
-    assert parse(["--eval", "--resume", "x", str(tmp_path)], lambda a: kept)[0].data_set == "IMNET"
+    assert parse(["--eval", "--resume", "x", str(tmp_path)], lambda _: kept).args.data_set == "IMNET"
 
 
 def test_hub_models_are_named_before_they_are_fetched(monkeypatch, capfd):
@@ -289,4 +290,4 @@ def test_hub_models_are_named_before_they_are_fetched(monkeypatch, capfd):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert call("--eval", "--resume", "hf_hub:no/such", "--device", "cpu") == 2
     assert capfd.readouterr().err.startswith("error: hf_hub:no/such could not be loaded from the hub")
-    assert weights.model_in("hf_hub:adamdad/kat_tiny_patch16_224") == "kat_tiny_patch16_224"
+    assert model_in("hf_hub:adamdad/kat_tiny_patch16_224") == "kat_tiny_patch16_224"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 
 from kan_basis import fit
-from kan_basis.fit import ACTIVATIONS, MAX_DENOMINATOR, PRESETS_PATH, evaluate, fit_rational, get_activation, max_error
+from kan_basis.fit import MAX_DENOMINATOR, PRESETS_PATH, evaluate, fit_rational, get_activation, max_error
 from kan_basis.rational import rational
 
 PRESETS = json.loads(PRESETS_PATH.read_text())
@@ -93,11 +93,11 @@ def test_refitted_preset_is_accurate_and_tame(name):
     assert fit_rational(name)[2] == pytest.approx(preset["max_error"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", IN_TORCH)
 def test_registry_agrees_with_torch(name):
     x = 3 * X
     torch.testing.assert_close(
-        torch.from_numpy(ACTIVATIONS[name](x.numpy())), IN_TORCH[name](x), rtol=1e-10, atol=1e-14
+        torch.from_numpy(get_activation(name)(x.numpy())), IN_TORCH[name](x), rtol=1e-10, atol=1e-14
     )
 
 
@@ -126,7 +126,7 @@ def test_fit_of_gelu_by_degrees():
 
 @pytest.mark.parametrize("name", ["gelu", "geglu", "relu", "erfc_softplus_squared"])
 def test_no_coefficients_do_better(name):
-    """+-(P - f Q) <= t Q has a solution (a, b), b >= 0, just above the error of the fit and none just below: a global optimum."""
+    """+-(P - f Q) <= t Q, b >= 0 has a solution for t just above the error of the fit, and none just below it."""
     _, _, error = fit_rational(name)
     x = np.linspace(-3, 3, 301)
     f = get_activation(name)(x)
@@ -203,7 +203,7 @@ def test_command_line(tmp_path):
 
 
 def main(monkeypatch, *arguments):
-    """The same in this process; returns the exit code."""
+    """Runs the command in this process and returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["fit", *arguments])
     try:
         fit.main()

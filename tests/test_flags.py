@@ -1,6 +1,6 @@
-"""Every flag of DeiT's and KArAt's command line, and of KAT's, which is timm's: it parses, and what is built with it differs as it says.
+"""Every flag of DeiT, KArAt, KAT and timm that the published commands use parses and has its effect.
 
-Those of Kolmogorov-Arnold functions are in test_karat_flags.py.
+The flags of Kolmogorov-Arnold functions are in test_karat_flags.py.
 """
 
 import contextlib
@@ -23,33 +23,41 @@ from torch import nn
 
 import main
 import transforms
-from arguments import get_args_parser
+from arguments import get_args_parser, parse
+from checkpoint import Checkpoint
 from losses import CosubLoss
 from models.kat import KAT
-from utils import RUN_FILES
+from records import RUN_FILES
 
-DEIT = """--batch-size --epochs --bce-loss --unscale-lr --model --input-size --drop --drop-path --model-ema --no-model-ema --model-ema-decay
---model-ema-force-cpu --opt --opt-eps --opt-betas --clip-grad --momentum --weight-decay --sched --lr --lr-noise --lr-noise-pct --lr-noise-std
---warmup-lr --min-lr --decay-epochs --warmup-epochs --cooldown-epochs --patience-epochs --decay-rate --dr --color-jitter --aa --smoothing
---train-interpolation --repeated-aug --no-repeated-aug --train-mode --no-train-mode --ThreeAugment --src --reprob --remode --recount --resplit
---mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --teacher-model --teacher-path --distillation-type
---distillation-alpha --distillation-tau --cosub --finetune --attn-only --data-path --data-set --inat-category --output_dir --device --seed --resume
---start_epoch --eval --eval-crop-ratio --dist-eval --num_workers --pin-mem --no-pin-mem --distributed --world_size --dist_url --run-name --run-id"""
-KAT_TIMM = """DATA -b --amp --crop-pct --mean --std --output --log-wandb --initial-checkpoint --checkpoint --pretrained --pretrained-path
---model-ema-decay --aa --remode --reprob --drop-path --sched --model-kwargs --num-classes --nb-classes --result --use-ema"""
+DEIT = """
+--batch-size --epochs --bce-loss --unscale-lr --model --input-size --drop --drop-path --model-ema --no-model-ema
+--model-ema-decay --model-ema-force-cpu --opt --opt-eps --opt-betas --clip-grad --momentum --weight-decay --sched --lr
+--lr-noise --lr-noise-pct --lr-noise-std --warmup-lr --min-lr --decay-epochs --warmup-epochs --cooldown-epochs
+--patience-epochs --decay-rate --dr --color-jitter --aa --smoothing --train-interpolation --repeated-aug
+--no-repeated-aug --train-mode --no-train-mode --ThreeAugment --src --reprob --remode --recount --resplit --mixup
+--cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --teacher-model --teacher-path
+--distillation-type --distillation-alpha --distillation-tau --cosub --finetune --attn-only --data-path --data-set
+--inat-category --output_dir --device --seed --resume --start_epoch --eval --eval-crop-ratio --dist-eval --num_workers
+--pin-mem --no-pin-mem --distributed --world_size --dist_url --run-name --run-id
+"""
+KAT_TIMM = """
+DATA -b --amp --crop-pct --mean --std --output --log-wandb --initial-checkpoint --checkpoint --pretrained
+--pretrained-path --model-ema-decay --aa --remode --reprob --drop-path --sched --model-kwargs --num-classes
+--nb-classes --result --use-ema
+"""
 
-BASE = """--model kat_micro_patch8_32 --model-kwargs depth=1 embed_dim=32 num_heads=2 --input-size 32 --train-subset 64 --val-subset 20 --device cpu
---num-workers 0 --epochs 10"""
+BASE = """--model kat_micro_patch8_32 --model-kwargs depth=1 embed_dim=32 num_heads=2 --input-size 32
+--train-subset 64 --val-subset 20 --device cpu --num-workers 0 --epochs 10"""
 RATE_1 = "--unscale-lr --lr 1 --warmup-epochs 0"
 TEACHER = "--teacher-model kat_micro_patch8_32 --teacher-path @teacher.pth"
 LAST, FOUR = "@run/checkpoint.pth", "--train-subset 4 --val-subset 4"
 
 
 def build(folder, command: str) -> SimpleNamespace:
-    """What main makes of the command line: code, out, err, what run_epochs is called with, what W&B is told.
+    """What main.py builds from a command line: exit code, out, err, the arguments of run_epochs, those of wandb.init.
 
-    Nothing is trained unless for one epoch (--epochs 1). "@" stands for the folder of the files; a leading NAME=VALUE is of the environment,
-    and DATA, wherever it stands, comes first.
+    Only --epochs 1 trains. In the command line "@" stands for the folder of the files, a leading NAME=VALUE sets the
+    environment, and DATA moves the next word to the front.
     """
     words = command.replace("@", f"{folder}/").split()
     environment = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
@@ -64,6 +72,7 @@ def build(folder, command: str) -> SimpleNamespace:
         vars(b).update(inspect.signature(run_epochs).bind(*args).arguments)
         b.model, b.optimizer, b.groups = b.training.model, b.training.optimizer, b.training.optimizer.param_groups
         b.batches, b.steps = b.loader.loader, b.loader.loader.dataset.transform.transforms
+        b.sampler = b.loader.sampler
         b.eval_steps = b.val_loader.loader.dataset.transform.transforms
         if b.epochs.stop == 1:
             run_epochs(*args)
@@ -84,7 +93,7 @@ def build(folder, command: str) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Image trees, an iNaturalist, one epoch's checkpoint, weights of the micro model and of a teacher."""
+    """A tree of images, iNaturalist files, a checkpoint after one epoch, weights of a micro model and of a teacher."""
     folder = tmp_path_factory.mktemp("flags")
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (folder / "tree" / name).mkdir(parents=True)
@@ -117,7 +126,7 @@ def rates(b, metric=None):
 
 
 def step(b):
-    """Train one real epoch; {name: (before, after)} of the parameters, and the number of images in each forward pass."""
+    """Train an epoch; returns {name: (before, after)} of the parameters, and the images in each forward pass."""
     before, images = {name: p.detach().clone() for name, p in b.model.named_parameters()}, []
     b.model.register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -126,9 +135,9 @@ def step(b):
 
 
 def same(model, weights):
-    """Whether the weights, or those in the file, are the model's."""
-    weights, own = torch.load(weights) if isinstance(weights, os.PathLike) else weights, model.state_dict()
-    return own.keys() == weights.keys() and all(torch.equal(own[name], weights[name]) for name in own)
+    """Whether the model has these weights, given as a state dictionary or its file."""
+    weights, state = torch.load(weights) if isinstance(weights, os.PathLike) else weights, model.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
 
 
 def mixed(b):
@@ -142,7 +151,7 @@ def part(b, kind):
 def pins(b):
     """Whether a loader for a GPU would pin its memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "DeviceLoader", lambda loader, *_, **__: loader)
+        patch.setattr(transforms, "PrefetchLoader", lambda loader, *_, **__: loader)
         return transforms.build_loader(b.batches.dataset, b.args, torch.device("cuda"), 0, is_train=True).pin_memory
 
 
@@ -156,7 +165,7 @@ def only_attention(b):
 
 
 def timm_style(b):
-    """All that KAT's commands leave to the defaults of timm's trainer."""
+    """Whether all defaults of timm's trainer that KAT's commands rely on hold."""
     decayed = [p.shape for group in b.groups if group["weight_decay"] for p in group["params"]]
     scheduler = b.training.scheduler
     return (
@@ -170,7 +179,8 @@ def timm_style(b):
     )
 
 
-# (flags, values, what then holds and without the flag does not, what else both are given, what stands in the flag's place without it)
+# (flags, values, check that holds with the flag and not without it, further arguments of both runs, arguments that
+# replace the flag in the run without it)
 TABLE = [
     ("--batch-size -b", "16", lambda b: b.batches.batch_size == 16 and len(b.loader) == 4),
     ("--epochs", "7", lambda b: b.epochs == range(7) and b.training.scheduler.t_initial == 7),
@@ -267,13 +277,15 @@ TABLE = [
     ("--color-jitter", "0.4", lambda b: part(b, T.ColorJitter).brightness == pytest.approx((0.6, 1.4)), "--aa none"),
     ("--aa", "rand-m5-n3", lambda b: (policy := part(b, RandAugment)).num_layers == 3 and policy.ops[0].magnitude == 5),
     ("--ThreeAugment", "", lambda b: len(part(b, AutoAugment).policy) == 3 and part(b, T.ColorJitter)),
+    ("--ThreeAugment", "", lambda b: b.loader.random_erasing is None),
+    ("--reprob", "0.7", lambda b: b.loader.random_erasing.probability == 0.7, "--ThreeAugment"),
     ("--src", "", lambda b: part(b, T.RandomCrop).padding_mode == "reflect"),
     ("--train-interpolation", "bilinear", lambda b: b.steps[0].interpolation == T.InterpolationMode.BILINEAR),
     ("--train-interpolation", "random", lambda b: len(b.steps[0].interpolation) == 2, "--input-size 64"),
     ("--smoothing", "0.3", lambda b: mixed(b).min().item() == pytest.approx(0.03)),
     ("--smoothing", "0.3", lambda b: b.training.criterion.smoothing == 0.3, "--mixup 0 --cutmix 0"),
-    ("--repeated-aug", "", lambda b: set(Counter(b.sampler).values()) == {1, 3}, "", "--no-repeated-aug"),
-    ("--no-repeated-aug", "", lambda b: sorted(b.sampler) == list(range(64))),
+    ("--repeated-aug", "", lambda b: set(Counter(b.sampler).values()) == {1, 3}),
+    ("--no-repeated-aug", "", lambda b: sorted(b.sampler) == list(range(64)), "", "--repeated-aug"),
     ("--train-mode", "", lambda b: step(b) and b.model.training, "", "--no-train-mode"),
     ("--no-train-mode", "", lambda b: step(b) and not b.model.training),
     ("--reprob", "0.7", lambda b: b.loader.random_erasing.probability == 0.7),
@@ -316,7 +328,8 @@ TABLE = [
         "--pretrained",
         "",
         lambda b: same(b.model, b.at / "weights.pth"),
-        "--model-kwargs depth=1 embed_dim=32 num_heads=2 pretrained_cfg_overlay={'file':'@weights.pth','num_classes':10}",
+        "--model-kwargs depth=1 embed_dim=32 num_heads=2 "
+        "pretrained_cfg_overlay={'file':'@weights.pth','num_classes':10}",
     ),
     ("--attn-only", "", only_attention),
     ("--data-path", "@tree", lambda b: b.classes == ["cat", "dog"], FOUR),
@@ -438,6 +451,26 @@ def test_both_spellings_parse_to_the_same(flag, values):
     assert dashed != underscored and parsed(dashed) == parsed(underscored)
     if values and " " not in values:
         assert parsed(underscored, "=") == parsed(dashed, "=") == parsed(dashed)
+
+
+@pytest.mark.parametrize(
+    "processes, words, repeated",
+    [
+        (1, "", False),
+        (2, "", True),
+        (1, "--repeated-aug", True),
+        (2, "--no-repeated-aug", False),
+        (2, "DATA", False),
+        (2, "DATA --repeated-aug", True),
+    ],
+)
+def test_repeated_augmentation_is_for_several_processes(processes, words, repeated, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args = parse(words.replace("DATA", str(tmp_path)).split()).args
+    assert args.repeated_aug is repeated
+    monkeypatch.setenv("WORLD_SIZE", "4")  # A resumed run keeps it.
+    checkpoint = Checkpoint("x", {}, model=args.model, settings=args.plain())
+    assert parse(["--resume", "x"], lambda _: checkpoint).args.repeated_aug is repeated
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["classes", "shares"])

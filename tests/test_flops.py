@@ -14,8 +14,6 @@ from kan_basis import BASES, make_basis
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tools"))
 import flops  # noqa: E402
 
-from kan_options import model_options  # noqa: E402
-
 pytest.importorskip("fvcore", reason="FLOPs are counted by fvcore, which is not installed")
 N = 197
 
@@ -30,7 +28,7 @@ def rows():
         if key not in known:
             (args,) = flops.arguments_of([name], list(map(str, argv)))
             with torch.device("meta"):  # numbers do not matter, drawing them takes most of the time
-                model = timm.create_model(name, num_classes=args.nb_classes, **model_options(args))
+                model = timm.create_model(name, num_classes=args.nb_classes, **args.model_options)
             known[key] = flops.count(model.to_empty(device="cpu"), args.input_size)
         return known[key]
 
@@ -72,13 +70,9 @@ def test_published_parameters_and_the_vit(rows):
 
 
 def test_functions_have_a_formula_each():
-    expected = {"fourier": 9, "rational": 21, "spline": 7 * 3 + 27, "wavelet": 5}
-    assert {name: flops.function_flops(make_basis(name)) for name in BASES} == expected
-    assert flops.function_flops(make_basis("spline", grid=4, order=0)) == 4
-    odd = make_basis("fourier")
-    odd.name = "sine"
-    with pytest.raises(flops.UserError, match="no formula for the FLOPs of the sine basis"):
-        flops.function_flops(odd)
+    expected = {"chebyshev": 9, "fourier": 9, "radial": 32, "rational": 21, "spline": 7 * 3 + 27, "wavelet": 5}
+    assert {name: make_basis(name).flops for name in BASES} == expected
+    assert make_basis("spline", grid=4, order=0).flops == 4
 
 
 @pytest.mark.parametrize(
@@ -156,7 +150,7 @@ def test_models_side_by_side(tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, sentence",
     [
-        (["--grid", "3"], "--grid is for models with Kolmogorov-Arnold attention"),
+        (["--grid", "3"], "none of the models has the option grid"),
         (["--model-kwargs", "depth"], "KEY=VALUE"),
         (["--model-kwargs", "num_heads=3"], "cannot build vit_micro_patch8_32"),
         (["--input-size", "32", "--json", "none/rows.json"], "none/rows.json cannot be written"),

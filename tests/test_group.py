@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import models  # noqa: F401
 from kan_basis import BASES, GroupBasis, GroupRational, group, group_basis, make_basis
+from kan_basis.basis import make_basis_for
 from kan_basis.wavelet import WAVELETS
 from models.kat import GRKANMlp, variance_gain
 
@@ -14,9 +15,11 @@ OPTIONS = {
     "fourier": dict(grid=2),
     "spline": dict(grid=3, order=2, grid_range=(-2, 2)),
     "wavelet": {},
-    "rational": dict(version="A"),
+    "rational": dict(version="B"),
+    "chebyshev": dict(order=2),
+    "radial": dict(grid=3, grid_range=(-2, 2)),
 }
-OTHERS = ("fourier", "spline", "wavelet")
+OTHERS = tuple(OPTIONS)
 each_basis = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -36,6 +39,13 @@ def literal(name, x, t):
     if name == "fourier":
         G = len(t) // 2
         return sum(t[m - 1] * math.cos(m * x) + t[G + m - 1] * math.sin(m * x) for m in range(1, G + 1))
+    if name == "chebyshev":
+        return sum(c * math.cos(n * math.acos(math.tanh(x))) for n, c in enumerate(t))
+    if name == "radial":
+        return sum(c * math.exp(-(((x - centre) / 2) ** 2)) for c, centre in zip(t, (-2, 0, 2)))
+    if name == "rational":
+        a, b = t[:6], t[6:]
+        return sum(c * x**i for i, c in enumerate(a)) / (1 + abs(sum(c * x**j for j, c in enumerate(b, 1))))
     if name == "wavelet":
         w, tau, s = t
         return w * WAVELETS["mexican_hat"](torch.tensor((x - tau) / s, dtype=torch.float64)).item()
@@ -155,22 +165,29 @@ def test_only_x_is_kept_and_terms_exist_in_chunks(name, monkeypatch):
 @each_basis
 def test_model(name):
     torch.manual_seed(1)
-    options = {
-        "mlp_basis": name,
+    given = {
         "mlp_grid": 2,
         "mlp_order": 2,
         "mlp_grid_range": [-4, 4],
         "mlp_wavelet": "dog",
-        "num_groups": 4,
+        "mlp_degrees": [3, 2],
+        "mlp_version": "B",
     }
-    model = timm.create_model("kat_micro_patch8_32", num_classes=10, weight_init="variance_preserving", **options)
+    options = {option: value for option, value in given.items() if option in BASES[name].options("mlp")}
+    model = timm.create_model(
+        "kat_micro_patch8_32",
+        num_classes=10,
+        weight_init="variance_preserving",
+        mlp_basis=name,
+        num_groups=4,
+        **options,
+    )
     act = model.blocks[0].mlp.act2
     assert isinstance(act, GroupBasis) and act.weight_coefficients.shape[0] == 4 and act.basis.name == name
-    assert {
-        "fourier": act.basis.num_coefficients == 4,
-        "wavelet": getattr(act.basis, "wavelet", 0) == "dog",
-        "spline": getattr(act.basis, "grid_range", 0) == (-4, 4),
-    }[name]
+    assert options and all(
+        getattr(act.basis, option.removeprefix("mlp_")) == (tuple(value) if isinstance(value, list) else value)
+        for option, value in options.items()
+    )
     images, labels, losses = torch.randn(16, 3, 32, 32), torch.arange(16) % 10, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(4):
@@ -182,9 +199,8 @@ def test_model(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
-    assert (
-        act.weight_coefficients.grad.abs().sum(0).all()
-    )  # every coefficient trains, a wavelet's translation and scale from the second step on
+    # Every coefficient trains, translation and scale of a wavelet from the second step on.
+    assert act.weight_coefficients.grad.abs().sum(0).all()
 
 
 def test_other_names_and_the_published_default():
@@ -195,7 +211,7 @@ def test_other_names_and_the_published_default():
     with torch.device("meta"):
         plain, named = (
             timm.create_model("kat_tiny_patch16_224"),
-            timm.create_model("kat_tiny_patch16_224", mlp_basis="rational", mlp_grid=7),
+            timm.create_model("kat_tiny_patch16_224", mlp_basis="rational", mlp_degrees=[5, 4]),
         )
     assert len(plain.state_dict()) == 200 and plain.state_dict().keys() == named.state_dict().keys()
     assert isinstance(plain.blocks[0].mlp.act1, GroupRational)
@@ -209,7 +225,7 @@ def test_gain_and_variance(name):
     with torch.no_grad():
         act.weight_coefficients[0, 0] = 1.0
     assert variance_gain(act) == pytest.approx(1 / (1 + (1 + math.exp(-2)) / 2), rel=1e-6)  # E[(x + cos x)^2]
-    mlp = GRKANMlp(192, 768, mlp_basis=name)
+    mlp = GRKANMlp(192, 768, basis=make_basis_for("mlp", name, {}))
     mlp.init_variance_preserving()
     assert mlp(torch.randn(2048, 192)).var().item() == pytest.approx(1.0, rel=0.1)
 
@@ -239,8 +255,8 @@ def test_compiles_without_a_break():
             r"theta must have shape \(groups, 5\), not \(8, 3\)",
         ),
         (
-            lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="chebyshev"),
-            "unknown basis 'chebyshev'; there are: fourier",
+            lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="legendre"),
+            "unknown basis 'legendre'; there are: chebyshev, fourier",
         ),
         (
             lambda: timm.create_model("kat_micro_patch8_32", mlp_basis="fourier", mlp_grid=0),

@@ -85,7 +85,7 @@ def test_only_q_k_v_are_kept_and_nothing_large_is_built(monkeypatch):
         x, kept = torch.randn(B, N, h * 8, requires_grad=True), []
         with Largest() as largest:
             with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: kept.append(t.untyped_storage().nbytes() // 4) or t, lambda t: t
+                lambda t, kept=kept: kept.append(t.untyped_storage().nbytes() // 4) or t, lambda t: t
             ):
                 out = attn(x)
             out.square().sum().backward()
@@ -298,7 +298,7 @@ def test_base_functions_are_looked_up():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(basis_type="Chebyshev"), "unknown basis 'Chebyshev'"),
+        (dict(basis_type="Legendre"), "unknown basis 'Legendre'"),
         (dict(basis_type="wavelet", wavelet_type="haar"), "unknown wavelet 'haar'"),
         (dict(base_fn="os.system"), "unknown base_fn"),
         (dict(hidden_dim=0), "hidden_dim must be at least 1"),
@@ -319,6 +319,9 @@ def test_base_functions_are_looked_up():
         (dict(modular_mode="w2"), "unknown mode 'w2'"),
         (dict(output_scale="2"), "unknown output_scale"),
         (dict(karat_init="x"), "unknown init 'x'"),
+        (dict(karat_init_scale=0.0), "init_scale must be positive"),
+        (dict(order=2), "order is an option of ChebyshevBasis or SplineBasis, not of FourierBasis"),
+        (dict(basis_type="spline", grid_range=[(0, 1)] * 4), "grid_range must be 2 numbers"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

@@ -21,8 +21,8 @@ SYNSETS = ImageNetInfo("imagenet-1k").label_names()
     ],
 )
 def test_outputs_of_classes(classes, outputs, trained_on, is_tree, indices, note):
-    found, said = output_indices(classes, outputs, trained_on, is_tree)
-    assert found == indices and (note in said if note else said == "")
+    found, message = output_indices(classes, outputs, trained_on, is_tree)
+    assert found == indices and (note in message if note else message == "")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""main.py as a user calls it: in this process where one suffices, through torchrun where several take part."""
+"""main.py as a user calls it: in this process where one suffices, through torchrun where several are needed."""
 
 import json
 import os
@@ -12,36 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import main
+import training
 from arguments import get_args_parser, parse
+from checkpoint import Checkpoint
 from engine import _binary_targets
 
 ROOT = Path(__file__).resolve().parent.parent
-MICRO = [
-    "--model",
-    "kat_micro_patch8_32",
-    "--model-kwargs",
-    "depth=2",
-    "embed_dim=32",
-    "num_heads=2",
-    "--input-size",
-    "32",
-    "--device",
-    "cpu",
-    "--data-set",
-    "DIGITS",
-    "--num-workers",
-    "0",
-    "--batch-size",
-    "32",
-    "--warmup-epochs",
-    "1",
-    "--lr",
-    "1e-2",
-    "--clip-grad",
-    "1",
-]
+MICRO = """--model kat_micro_patch8_32 --model-kwargs depth=2 embed_dim=32 num_heads=2 --input-size 32 --device cpu
+--data-set DIGITS --num-workers 0 --batch-size 32 --warmup-epochs 1 --lr 1e-2 --clip-grad 1""".split()
 SMALL = [*MICRO, "--train-subset", "160", "--val-subset", "51"]
 
 
@@ -62,7 +43,7 @@ def torchrun(processes, *arguments, **kwargs):
 
 
 def processes(count, *arguments):
-    """As torchrun, quicker: the processes are forked after the imports."""
+    """Like torchrun, but faster: the processes are forked after the imports."""
     return _run([sys.executable, str(ROOT / "tests" / "processes.py"), str(count), *map(str, arguments)])
 
 
@@ -99,7 +80,7 @@ def assert_same_run(one: Path, two: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--sched-on-updates", "--no-repeated-aug", "--num-workers", "1", "--grad-accum-steps", "2"]],
+    [["--repeated-aug"], ["--sched-on-updates", "--num-workers", "1", "--grad-accum-steps", "2"]],
     ids=["epochs", "updates"],
 )
 def test_stopped_and_resumed_is_the_straight_run(tmp_path, monkeypatch, options):
@@ -125,7 +106,7 @@ def test_stopped_and_resumed_is_the_straight_run(tmp_path, monkeypatch, options)
             "--output-dir",
             tmp_path / "stopped",
             "--num-workers",
-            "1" if options else "0",
+            "1" if "--num-workers" in options else "0",
             "--device",
             "cpu",
         )
@@ -277,7 +258,7 @@ def test_options_train_and_resume(tmp_path, flags):
 
 
 def built(monkeypatch, *flags):
-    """The Training that main builds for these flags, and the rates of its epochs."""
+    """The Training that main.py builds for these flags."""
     seen = []
 
     def stop(training, *rest):
@@ -331,13 +312,11 @@ def test_explicit_settings_win_on_resume(tmp_path, monkeypatch):
 
 
 def test_a_run_from_pretrained_weights_resumes():
-    args, _ = parse(
-        ["--resume", "x", "--output-dir", "y"], lambda a: {"args": {"pretrained": True, "compile": True, "epochs": 7}}
-    )
+    settings = {"pretrained": True, "compile": True, "epochs": 7}
+    checkpoint = Checkpoint("x", {}, model="kat_tiny_patch16_224", settings=settings)
+    args = parse(["--resume", "x", "--output-dir", "y"], lambda _: checkpoint).args
     assert (args.pretrained, args.compile, args.epochs) == (False, True, 7)
-    args, _ = parse(
-        ["--resume", "x", "--eval", "--batch-size", "25"], lambda a: {"args": {"compile": True, "epochs": 7}}
-    )
+    args = parse(["--resume", "x", "--eval", "--batch-size", "25"], lambda _: checkpoint).args
     assert (args.compile, args.epochs) == (False, 7)
 
 
@@ -421,8 +400,8 @@ def test_nan_loss_stops_every_process_and_keeps_the_last_good_checkpoint(tmp_pat
 
 @pytest.mark.parametrize("images, flags", [(20, []), (3, []), (1, ["--mixup", "0", "--cutmix", "0"])])
 def test_fewer_images_than_a_batch_train(images, flags, capfd):
-    """(1,500 digits, ten classes: a stratified subset below ten images is drawn without strata)."""
-    for augmentation in ([], ["--no-repeated-aug"]):
+    """Subsets with fewer images than the ten classes of the digits, too."""
+    for augmentation in ([], ["--repeated-aug"]):
         assert call(*SMALL, "--train-subset", images, "--val-subset", "3", "--epochs", "1", *augmentation, *flags) == 0
         assert f"batch size {images - images % 2 or 1} instead of 32" in capfd.readouterr().out
 
@@ -466,7 +445,7 @@ def test_fewer_images_than_processes(tmp_path):
         ),
         (["--no-model-ema", "--model-ema-decay", "0.9"], "do not go together"),
         (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-        (["--model", "vit_tiny_patch16_224", "--init", "released"], "--init is for KAT"),
+        (["--model", "vit_tiny_patch16_224", "--init", "released"], "cannot build .*: it refuses weight_init=released"),
         (["--epochs", "-1"], "--epochs must be at least 0"),
         (["--device", "gpu"], "no device"),
         (["--model-kwargs", "num_groups=7", "--device", "cpu"], "7 groups"),
@@ -493,6 +472,36 @@ def test_wrong_flags_get_a_sentence_and_exit_2(flags, sentence, capfd):
     assert re.search(sentence, error) and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flags, place",
+    [
+        (["--eval"], "in _check"),
+        ([*SMALL, "--data-set", "IMNET", "--data-path", "/nonexistent"], "in image_folders"),
+        ([*SMALL, "--opt-betas", "0.9"], "IndexError"),
+        ([*SMALL, "--output-dir", __file__], "NotADirectoryError|FileExistsError"),
+    ],
+)
+def test_kan_debug_shows_where_a_sentence_comes_from(flags, place, monkeypatch, capfd):
+    assert call(*flags) == 2
+    sentence = capfd.readouterr().err
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1
+    monkeypatch.setenv("KAN_DEBUG", "1")
+    assert call(*flags) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("Traceback") and error.endswith(sentence) and re.search(place, error)
+
+
+@pytest.mark.parametrize("function", ["optimizer_groups", "create_optimizer_v2", "create_scheduler_v2", "Mixup"])
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError, AttributeError, KeyError])
+def test_a_bug_is_no_user_error(function, kind, monkeypatch):
+    def broken(*args, **kwargs):
+        raise kind("a bug")
+
+    monkeypatch.setattr(training, function, broken)
+    with pytest.raises(kind, match="a bug"):
+        call(*SMALL, "--epochs", "1")
+
+
 def test_wrong_spelling_is_answered_with_the_right_one(capfd):
     with pytest.raises(SystemExit) as caught:
         call("--batchsize", "3")
@@ -503,8 +512,8 @@ def test_wrong_spelling_is_answered_with_the_right_one(capfd):
 
 
 def test_both_spellings_defaults_and_read_only_arguments():
-    a, _ = parse(["--data_set", "CIFAR10", "--weight_decay=0.1", "--model_kwargs", "num_groups=4"], lambda args: None)
-    assert (a.data_set, a.weight_decay, a.model_kwargs) == ("CIFAR10", 0.1, {"num_groups": 4})
+    a = parse(["--data_set", "CIFAR10", "--weight_decay=0.1", "--model_kwargs", "num_groups=4"]).args
+    assert (a.data_set, a.weight_decay, a.model_options) == ("CIFAR10", 0.1, {"num_groups": 4})
     assert (a.batch_size, a.epochs, a.opt, a.sched, a.lr, a.output_dir, a.device) == (
         64,
         100,
@@ -517,7 +526,7 @@ def test_both_spellings_defaults_and_read_only_arguments():
     with pytest.raises(AttributeError, match="read-only"):
         a.lr = 1
     sizes = [
-        parse(["--model", name], lambda args: None)[0].input_size
+        parse(["--model", name]).args.input_size
         for name in ("kat_micro_patch8_32", "kat_tiny_patch16_224", "vit_base_patch16_384")
     ]
     assert sizes == [32, 224, 384]
@@ -538,8 +547,26 @@ def test_both_spellings_defaults_and_read_only_arguments():
     ],
 )
 def test_compile_mode(device, size, flags, mode):
-    args, _ = parse(["--data-set", "DIGITS", "--compile", *flags], lambda args: None)
-    assert main.compile_mode(args, main.World(0, size, torch.device(device))) == mode
+    args = parse(["--data-set", "DIGITS", "--compile", *flags]).args
+    assert training.compile_mode(args, main.World(0, size, torch.device(device))) == mode
+
+
+@pytest.mark.parametrize("options, graphs", [((), 0), pytest.param(("--compile",), 2, marks=pytest.mark.slow)])
+def test_compile_covers_evaluation(tmp_path, capfd, options, graphs):
+    """Raw and EMA weights, full and smaller batches share one graph; training has another one."""
+
+    def run(*flags):
+        torch.compiler.reset()
+        counters.clear()
+        assert call(*flags) == 0
+        lines = re.findall(r"(\w+) weights: Acc@1 ([\d.]+)  Acc@5 ([\d.]+)  loss ([\d.]+)", capfd.readouterr().out)
+        return {f"{name} {i}": float(v) for name, *values in lines for i, v in enumerate(values)}
+
+    trained = run(*SMALL, *options, "--epochs", "2", "--eval-every", "2", "--output-dir", tmp_path)
+    assert counters["stats"]["unique_graphs"] == graphs
+    evaluated = run("--eval", "--resume", tmp_path / "checkpoint.pth", "--device", "cpu", "--compile")
+    assert counters["stats"]["unique_graphs"] == 1
+    assert len(evaluated) == 6 and evaluated == pytest.approx(trained, abs=2e-5)
 
 
 def test_learning_rate_line(capfd):

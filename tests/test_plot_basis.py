@@ -14,13 +14,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tools"))
 import plot_basis  # noqa: E402
 
 
-def test_picture_has_a_panel_for_every_basis_and_wavelet(tmp_path, monkeypatch):
+def test_picture_has_a_panel_for_every_basis_and_choice(tmp_path, monkeypatch):
     figures = []
     draw = plot_basis.plot
     monkeypatch.setattr(plot_basis, "plot", lambda *args: figures.append(draw(*args)) or figures[0])
     assert plot_basis.main(["--out", str(tmp_path / "bases.png"), "--draws", "2", "--range", "-3", "5"]) == 0
     titles = [panel.get_suptitle() for panel in figures[0].subfigs if panel.axes]
-    assert titles == [name for name in BASES if name != "wavelet"] + [f"wavelet {name}" for name in WAVELETS]
+    variants = {"rational": ["rational A", "rational B"], "wavelet": [f"wavelet {name}" for name in WAVELETS]}
+    assert titles == [title for name in BASES for title in variants.get(name, [name])]
     for axes in figures[0].get_axes():
         assert axes.get_xlim() == (-3, 5) and len(axes.lines) == 3  # 2 functions and the zero line
         assert all(torch.as_tensor(line.get_ydata()).isfinite().all() for line in axes.lines)

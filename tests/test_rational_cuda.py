@@ -1,4 +1,7 @@
-"""The CUDA kernels of the rational function: compiled and their arithmetic run on the host everywhere, the rest on a GPU."""
+"""The CUDA kernels of the rational function.
+
+Without a GPU they are compiled, their arithmetic runs on the host, and fake tensors stand for those on a GPU.
+"""
 
 import ctypes
 import importlib.util
@@ -12,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cuda import launch
 from cuda import rational as kernel
-from kan_basis import GroupRational, rational
+from kan_basis import GroupRational, kernels, rational
+from kan_basis.group_rational import preset_coefficients
+from kan_basis.quotient import Rational, evaluate
 from tests.test_rational import NAMES, results
 
 definition = importlib.import_module("kan_basis.rational")  # the module, not the function of that name in the package
@@ -35,6 +41,12 @@ CASES = {  # shape, channel dimension, rows of numerator and denominator
     "many of images": ((2, 1000, 9, 9), 1, 1, 1000),
     "segments": ((2, 37, 64, 64), 1, 1, 37),
     "vector": ((512,), -1, 1, 8),
+    "one for each of 3072": ((64, 197, 3072), -1, 3072, 3072),
+    "one numerator for 3072": ((3, 50, 3072), -1, 1, 3072),
+    "one denominator for 4096": ((40, 9, 4096), -1, 4096, 1),
+    "one for each of 4095": ((2, 9, 4095), -1, 4095, 4095),
+    "images of 3072 channels": ((2, 3072, 7, 7), 1, 1, 3072),
+    "small images of 4000 channels": ((3, 4000, 3, 3), 1, 4000, 1),
 }
 
 
@@ -44,10 +56,9 @@ def instances() -> list[str]:
     for kind, (threads, blocks, stages) in kernel.CONFIG.items():
         for name in kernel.TYPES.values():
             for layout in ("true, false", "true, true", "false, false", "false, true"):
-                names += [
-                    f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {stages - (kind == 'backward' and m + n > 11)}>"
-                    for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ()))
-                ]
+                for m, n in ((5, 4), *(((8, 8), (3, 2)) if name == "float" and layout == "true, false" else ())):
+                    depth = stages - (kind == "backward" and m + n > 11)
+                    names.append(f"rational_{kind}_kernel<{name}, {m}, {n}, {layout}, {threads}, {blocks}, {depth}>")
     return names
 
 
@@ -103,29 +114,17 @@ def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
     text = '#include "rational_math.h"\n'
     for m, n in ((5, 4), (8, 8), (3, 2), (0, 1)):
-        text += f"""extern "C" void run_{m}_{n}(int count, const float* g, const float* x, const float* a, const float* b, float* y, float* dx, float* sums) {{
+        text += f"""extern "C" void run_{m}_{n}(int count, const float* g, const float* x, const float* a,
+                                                const float* b, float* y, float* dx, float* sums) {{
             Coefficients<{m}, {n}> c; c.load(a, b);
             for (int i = 0; i < count; i++) y[i] = rational_forward(dx[i] = x[i], c);
             int i = 0;
             for (; i + 8 <= count; i += 8) rational_backward<8>(g + i, dx + i, c, sums);
             for (; i < count; i++) rational_backward<1>(g + i, dx + i, c, sums); }}\n"""
     (folder / "host.cpp").write_text(text)
-    subprocess.run(
-        [
-            compiler,
-            "-O2",
-            "-std=c++17",
-            "-ffp-contract=off",
-            "-Wno-unknown-pragmas",
-            f"-I{launch.FOLDER}",
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(folder / "host.so"),
-            str(folder / "host.cpp"),
-        ],
-        check=True,
-    )
+    options = ("-O2", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC")
+    files = (f"-I{launch.FOLDER}", "-o", str(folder / "host.so"), str(folder / "host.cpp"))
+    subprocess.run([compiler, *options, *files], check=True)
     return ctypes.CDLL(str(folder / "host.so"))
 
 
@@ -159,19 +158,23 @@ def test_plans_cover_every_vector_once():
         ((64, 4095), 1, 1, 819),
         ((1, 3069), 1, 1, 1023),
         ((1024, 1013, 3), 1, 1, 1013),
+        ((64, 4096, 16), 1, 1, 4096),
+        ((64, 3584), 1, 1, 3584),
+        ((1024, 1536), 1, 1536, 1),
     ]
     for shape, dim, a_rows, b_rows in (*CASES.values(), *wide):
         for size in (2, 4):
             for aligned in (True, False):
                 for kind in ("forward", "backward"):
-                    vectors, segments, grid, rows, outer, groups, length, tile = kernel.plan(
-                        kind, shape, dim % len(shape), a_rows, b_rows, size, aligned, 132
-                    )
+                    plan = kernel.plan(kind, shape, dim % len(shape), a_rows, b_rows, size, aligned, 132)
+                    vectors, segments, grid, rows, outer, groups, length, tile = plan
                     threads, period, total = kernel.CONFIG[kind][0], groups * length, outer * groups * length
                     assert rows <= 4096 and rows * groups < 1 << 20  # little to sum up
+                    team = kernel.team_size(rows, groups)
+                    assert 0 <= rows <= team * (launch.COUNTERS - 1) and team <= 512
                     assert outer * groups * length * (16 // size if vectors else 1) == torch.Size(shape).numel()
                     if segments:
-                        assert grid % groups == 0 and rows == grid // groups
+                        assert grid % groups == 0 and rows == (grid // groups if kind == "backward" else 0)
                     elif tile:  # whole blocks to a row or whole rows to a block
                         span = max(threads, period)
                         assert kind == "forward" and (threads % period == 0 or period % threads == 0)
@@ -180,7 +183,7 @@ def test_plans_cover_every_vector_once():
                             and 0 <= grid // (span // threads) * tile * span - total < tile * span
                         )
                     else:  # a thread meets one function only
-                        assert grid * threads % period == 0 and rows == grid
+                        assert grid * threads % period == 0 and rows == (grid if kind == "backward" else 0)
 
 
 @pytest.mark.parametrize(
@@ -220,18 +223,17 @@ def operators_on_the_cpu(monkeypatch):
 
     def backward(grad, x, a, b, dim):
         saved = types.SimpleNamespace(saved_tensors=(x, a, b), dim=dim, path="definition", needs_input_grad=(True,) * 3)
-        return definition._Rational.backward(saved, grad)[:3]
+        return Rational.backward(saved, grad)[:3]
 
     library, check = torch.library.Library("kan", "IMPL"), definition._check
-    library.impl("rational", definition._evaluate, "CPU")
+    library.impl("rational", evaluate, "CPU")
     library.impl("rational_backward", torch.no_grad()(backward), "CPU")
 
-    def supported(*args):
+    def refusal(*args):
         check(*args)
-        return kernel.supports(args[0], args[1], args[3], args[6], args[9])
+        return kernel.refusal(args[0], args[1], args[3], args[6], args[9])
 
-    monkeypatch.setattr(definition, "_check", supported)
-    monkeypatch.setattr(definition, "kernel", kernel)
+    monkeypatch.setattr(definition, "_check", refusal)
     yield
     library._destroy()
 
@@ -242,12 +244,12 @@ def test_traced_for_any_batch(operators_on_the_cpu):
         for dim in (torch.export.Dim("batch"), torch.export.Dim("batch", min=2, max=4096)):
             exported = torch.export.export(layer, (x,), dynamic_shapes=({0: dim},))
             assert "kan.rational" in str(exported.graph)
-            torch.testing.assert_close(exported.module()(x[:3]), definition._evaluate(x[:3], *layer.parameters(), 2))
+            torch.testing.assert_close(exported.module()(x[:3]), evaluate(x[:3], *layer.parameters(), 2))
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in (5, 3):
         live = x[:size].clone().requires_grad_()
         found = torch.autograd.grad(compiled(live).square().sum(), (live, *layer.parameters()))
-        y = definition._Rational.apply(live, *layer.parameters(), 2, "definition")
+        y = Rational.apply(live, *layer.parameters(), 2, "definition")
         for got, want in zip(found, torch.autograd.grad(y.square().sum(), (live, *layer.parameters()))):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -287,14 +289,14 @@ def inputs(shape, dim, a_rows, b_rows, dtype, degrees=(5, 4)):
 
 
 def gradients(x, a, b, g, dim, choice="cuda"):
-    before = definition._choice
-    definition.use_kernel(choice)
+    before = kernels._choice
+    kernels.use_kernel(choice)
     try:
         return results(
             lambda x, a, b: rational(x, a, b, dim), *(t.detach().clone().requires_grad_() for t in (x, a, b)), g
         )
     finally:
-        definition.use_kernel(before)
+        kernels.use_kernel(before)
 
 
 def poison():
@@ -326,15 +328,16 @@ def test_agrees_with_the_definition(case, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("degrees", [(8, 8), (3, 2), (0, 1), (2, 6), (9, 4)])
-def test_degrees(degrees):
-    assert_as_exact_as_torch(*inputs((9, 7, 48), -1, 2, 3, torch.float32, degrees), -1)
+@pytest.mark.parametrize("degrees", [(8, 8), (3, 2), (0, 1), (2, 6)])
+@pytest.mark.parametrize("case", [((9, 7, 48), -1, 2, 3), ((3, 7, 3072), -1, 3072, 1)], ids=["few", "3072"])
+def test_degrees(degrees, case):
+    assert_as_exact_as_torch(*inputs(*case, torch.float32, degrees), case[1])
 
 
 @gpu
 def test_coefficient_gradients_are_exact():
     x, a, b, g = inputs((64, 197, 768), -1, 1, 8, torch.float32)
-    a[:], b[:] = (torch.tensor(v, device="cuda") for v in definition.preset_coefficients("swish", (5, 4)))
+    a[:], b[:] = (torch.tensor(v, device="cuda") for v in preset_coefficients("swish", (5, 4)))
     exact = gradients(x.double(), a.double(), b.double(), g.double(), -1, "torch")
     for got, want in zip(gradients(x, a, b, g, -1)[2:], exact[2:]):
         assert (got - want).norm() <= 3e-7 * want.norm()
@@ -350,7 +353,7 @@ def test_strides_and_offsets():
         "misaligned": x.view(-1)[1:481].view(10, 48),
         "expanded": x[:, :1].expand(6, 10, 48),
     }
-    for name, view in views.items():
+    for view in views.values():
         for grad in (torch.randn_like(view), torch.ones((), device="cuda", dtype=view.dtype).expand(view.shape)):
             assert_as_exact_as_torch(view, a, b, grad, -1)
     assert rational(x[:0], a, b).shape == (0, 10, 48)
@@ -358,7 +361,7 @@ def test_strides_and_offsets():
 
 
 @gpu
-@pytest.mark.parametrize("case", ["shared", "odd", "odd images", "segments"])
+@pytest.mark.parametrize("case", ["shared", "odd", "odd images", "segments", "one numerator for 3072"])
 def test_nothing_is_written_outside(case, monkeypatch):
     """Every output lies between guards: empty_like and the workspace are replaced by rooms in a larger tensor."""
     shape, dim, a_rows, b_rows = CASES[case]
@@ -492,29 +495,99 @@ def test_second_device():
     assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), layer.to("cuda:0")(x.to("cuda:0")).cpu())
 
 
+@pytest.fixture
+def choose(monkeypatch):
+    """Chooses a kernel, also where it cannot run; warnings come again."""
+    kernels._warned.clear()
+    definition._check_once.cache_clear()
+    yield lambda choice: monkeypatch.setattr(kernels, "_choice", choice)
+    definition._check_once.cache_clear()
+
+
+def fake_inputs(shape=(2, 16), dim=-1, a_shape=(1, 6), b_shape=(8, 4), dtype=torch.float32):
+    with FakeTensorMode():
+        tensors = [
+            torch.empty(s, device="cuda", dtype=t) for s, t in ((shape, dtype), (a_shape, None), (b_shape, None))
+        ]
+    return *tensors, dim
+
+
+def assert_falls_back(choose, reason, x, a, b, dim):
+    """cuda raises, auto warns once, torch computes in silence."""
+    choose("cuda")
+    with pytest.raises(ValueError, match=f"the kernel 'cuda' was chosen, but the CUDA kernels cannot run: .*{reason}"):
+        rational(x, a, b, dim)
+    choose("auto")
+    with pytest.warns(UserWarning, match=f"plain PyTorch, several times slower than its CUDA kernels: .*{reason}"):
+        y = rational(x, a, b, dim)
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rational(x, a, b, dim)
+        kernels._warned.clear()
+        choose("torch")
+        rational(x, a, b, dim)
+
+
+REFUSED = {
+    "not float64": dict(dtype=torch.float64),
+    "degrees up to 8": dict(a_shape=(1, 10)),
+    "up to 4096 different functions": dict(shape=(2, 4160), a_shape=(4160, 6), b_shape=(1, 4)),
+    "less than 16 GiB": dict(shape=(1 << 17, 1 << 15)),
+    "less than 2.31 elements": dict(shape=(1, 16, 1 << 28), dim=1, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_tensors_that_the_kernels_do_not_take(reason, choose):
+    assert_falls_back(choose, reason, *fake_inputs(**REFUSED[reason]))
+
+
+def test_kernels_that_are_missing(choose, monkeypatch):
+    monkeypatch.setattr(kernels, "missing", "CuPy is not installed")
+    assert_falls_back(choose, "CuPy is not installed", *fake_inputs())
+    with pytest.raises(ValueError, match="cannot run here: CuPy is not installed"):
+        kernels.use_kernel("cuda")
+
+
+def test_a_gpu_that_is_too_old(choose, monkeypatch):
+    monkeypatch.setattr(launch, "refusal", lambda device: "they need a GPU of compute capability 8.0")
+    assert_falls_back(choose, "compute capability 8.0", *fake_inputs())
+
+
+def test_a_compiler_sees_the_warning_as_a_constant(choose, monkeypatch):
+    monkeypatch.setattr(definition, "_check", lambda *args: "a reason")
+    choose("auto")
+    layer, x = GroupRational(8, num_channels=96), torch.randn(5, 96)
+    with pytest.warns(UserWarning, match="CUDA kernels: a reason"):
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, evaluate(x, *(p.detach() for p in layer.parameters()), 1))
+
+
+def test_the_kernels_take_fake_tensors_and_leave_the_cpu_alone(choose):
+    x, a, b, dim = fake_inputs((3, 5, 4096), a_shape=(4096, 6), b_shape=(4096, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for choice in ("auto", "cuda"):
+            choose(choice)
+            assert rational(x, a, b, dim).shape == x.shape
+            layer = GroupRational(8, num_channels=16).double()
+            y = torch.randn(2, 16, dtype=torch.float64)
+            assert torch.equal(layer(y), evaluate(y, *(p.detach() for p in layer.parameters()), 1))
+
+
 @gpu
-def test_choice_of_the_kernel(monkeypatch):
+def test_choice_of_the_kernel(choose, monkeypatch):
     x, a, b, _ = inputs((2, 16), -1, 1, 8, torch.float32)
     calls = []
     monkeypatch.setattr(kernel, "forward", lambda *args: calls.append(1) or x)
-    rational(x, a, b)
-    assert calls
-    calls.clear()
-    monkeypatch.setattr(definition, "_choice", "torch")
-    rational(x, a, b)
-    assert not calls
-    monkeypatch.setattr(definition, "_choice", "auto")
-    monkeypatch.setattr(definition, "kernel", None)
-    definition._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="plain PyTorch"):
+    for choice, count in (("auto", 1), ("cuda", 2), ("torch", 2)):
+        choose(choice)
         rational(x, a, b)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
-        rational(x, a, b)
-    with pytest.raises(ValueError, match="cannot run here"):
-        definition.use_kernel("cuda")
+        assert len(calls) == count
+    assert_falls_back(choose, "not float64", x.double(), a, b, -1)
 
 
 def test_an_unknown_kernel():
     with pytest.raises(ValueError, match="unknown kernel 'gpu'"):
-        definition.use_kernel("gpu")
+        kernels.use_kernel("gpu")

@@ -16,7 +16,7 @@ def micro(**kwargs):
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("options", STAGES, ids=lambda o: "-".join(map(str, o.values())))
 def test_resampling_keeps_the_sums_of_a_constant_operator(name, options):
-    """Functions and W that are the same for all tokens, constant scores and values: both token sums keep their value."""
+    """Functions and W that are the same for all tokens, constant scores and values: both token sums stay."""
 
     def constant(p, axis):
         return p.narrow(axis, 0, 1).expand(p.shape).clone()
@@ -24,7 +24,7 @@ def test_resampling_keeps_the_sums_of_a_constant_operator(name, options):
     for mode, output_scale in (("bicubic", "1"), ("nearest", "sqrt")):
         old = operator(name, N=1 + 4 * 4, output_scale=output_scale, **options)
         with torch.no_grad():
-            for key, p in old.named_parameters():
+            for p in old.parameters():
                 for axis in (axis for axis in range(1, 3) if p.shape[axis] == 17):
                     p.copy_(constant(p, axis))
         for grid in ((6, 6), (3, 5)):

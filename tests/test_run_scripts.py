@@ -13,13 +13,14 @@ import timm
 from torchvision.datasets import imagenet
 
 from arguments import parse
+from checkpoint import Checkpoint
 from run_scripts import extract_imagenet
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "run_scripts"
 TRAIN = sorted(p.name for p in SCRIPTS.glob("train_*kat_*.sh"))
 FINETUNE = sorted(p.name for p in SCRIPTS.glob("finetune_*.sh"))
-# Stands for the interpreter that setup.sh finds, and for srun's: answers setup.sh, writes down any other call.
+# Replaces the interpreter that setup.sh finds and that srun starts: it answers setup.sh and records any other call.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *sys.executable*) echo "$0" ;;
@@ -32,7 +33,7 @@ esac
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script in tmp_path; gives the finished process and the arguments with which the interpreter was called last."""
+    """A function that runs a script in tmp_path; returns the process and the arguments of the last interpreter call."""
     stubs = {
         "python3": PYTHON,
         "srun": 'while [[ $1 = --* ]]; do shift; done\n"$@"',
@@ -60,11 +61,11 @@ def run(tmp_path):
 
 
 def main_arguments(argv, monkeypatch, folder):
-    """What main.py makes of the recorded call, and the number of processes."""
+    """The arguments that main.py parses from the recorded call, and the number of processes."""
     main = argv.index(str(ROOT / "main.py"))
     assert argv[:3] == ["-m", "torch.distributed.run", "--standalone"] and main == 4
     monkeypatch.chdir(folder)
-    args, _ = parse(argv[main + 1 :], lambda args: None)
+    args = parse(argv[main + 1 :], lambda source: Checkpoint(source, {}, foreign=True)).args
     return args, int(argv[3].removeprefix("--nproc_per_node="))
 
 
@@ -115,7 +116,7 @@ def test_training_scripts_are_the_published_recipe(script, folder, run, monkeypa
     assert (args.remode, args.reprob, args.repeated_aug, args.train_interpolation) == ("pixel", 0.25, False, "random")
     assert (args.model_ema, args.model_ema_decay, args.eval_crop_ratio, args.seed) == (True, 0.9999, 0.875, 3)
     assert args.amp in ("bf16", "fp16")
-    assert args.model_kwargs == (dict(m=6, n=4, num_groups=1, den_groups=8) if kind == "flash_kat" else {})
+    assert args.model_options == (dict(m=6, n=4, num_groups=1, den_groups=8) if kind == "flash_kat" else {})
     vit = "vitft" in script
     assert args.output_dir == f"output/{args.model}" + "_vitft" * vit
     letter = {"tiny": "Ti", "small": "S", "base": "B"}[size]
@@ -153,10 +154,16 @@ def test_training_scripts_refuse(env, word, run):
 @pytest.mark.parametrize(
     "row, model, options",
     [
-        ("tiny G3B CIFAR10", "vit_tiny_patch16_224_karat", dict(basis_type="FourierBasis", grid=[3], universal=False)),
-        ("small G3U IMNET", "vit_small_patch16_224_karat", dict(basis_type="FourierBasis", grid=[3], universal=True)),
-        ("base G1U CIFAR100", "vit_base_patch16_224_karat", dict(basis_type="FourierBasis", grid=[1], universal=True)),
-        ("tiny G11B CIFAR10", "vit_tiny_patch16_224_karat", dict(grid=[11])),
+        ("tiny G3B CIFAR10", "vit_tiny_patch16_224_karat", dict(basis_type="FourierBasis", grid=3, universal=False)),
+        ("small G3U IMNET", "vit_small_patch16_224_karat", dict(basis_type="FourierBasis", grid=3, universal=True)),
+        ("base G1U CIFAR100", "vit_base_patch16_224_karat", dict(basis_type="FourierBasis", grid=1, universal=True)),
+        ("tiny G11B CIFAR10", "vit_tiny_patch16_224_karat", dict(grid=11)),
+        ("tiny G11B_w1_phi2 CIFAR10", "vit_tiny_patch16_224_karat", dict(grid=11, modular_mode="w1_phi2")),
+        (
+            "tiny G11B_phi1_phi2 CIFAR10",
+            "vit_tiny_patch16_224_karat",
+            dict(grid=11, modular_attn=False, modular_mode=None, karat_depth=2),
+        ),
         (
             "tiny rationalB CIFAR10",
             "vit_tiny_patch16_224_karat",
@@ -183,14 +190,13 @@ def test_karat_script(row, model, options, run, monkeypatch, tmp_path):
         str(tmp_path / "imagenet"),
         224,
     )
-    assert {name: getattr(args, name) for name in options} == options
+    assert {name: args.model_options.get(name) for name in options} == options
     if "karat" in model:
-        assert (args.modular_attn, args.modular_mode, args.hidden_dim, args.base_fn) == (
-            True,
-            "phi1_w2",
-            [12],
-            "ZeroModule",
-        )
+        order = {"modular_attn": True, "modular_mode": "phi1_w2", "karat_depth": None, **options}
+        assert {name: args.model_options.get(name) for name in order} == order
+        assert (args.model_options["hidden_dim"], args.model_options["base_fn"]) == (12, "ZeroModule")
+    else:
+        assert args.model_options == {}
     assert (processes * args.batch_size, args.lr, args.unscale_lr, args.epochs) == (
         128 if "IMNET" in row else 32,
         5e-4,
@@ -206,13 +212,8 @@ def test_karat_script(row, model, options, run, monkeypatch, tmp_path):
         "norm",
     )
     assert (args.sched, args.warmup_epochs, args.warmup_lr, args.min_lr) == ("cosine", 5, 1e-6, 1e-5)
-    assert (args.model_ema_decay, args.scale, args.color_jitter, args.aa, args.smoothing) == (
-        0.99992,
-        [0.08, 1],
-        0.4,
-        "rand-m15-n2-mstd1.0-inc1",
-        0.1,
-    )
+    assert (args.model_ema_decay, args.scale, args.ratio, args.hflip) == (0.99992, [0.08, 1], [0.67, 1.5], 0.5)
+    assert (args.color_jitter, args.aa, args.smoothing) == (0.4, "rand-m15-n2-mstd1.0-inc1", 0.1)
     assert (args.mixup, args.cutmix, args.eval_crop_ratio, args.seed) == (0.8, 1.0, 0.9, 3)
     assert args.output_dir == f"output/{model}_{row.split()[1]}_{args.data_set}"
 
@@ -224,6 +225,7 @@ def test_karat_script(row, model, options, run, monkeypatch, tmp_path):
         ("large G3B CIFAR10", {}, "large"),
         ("tiny G3 CIFAR10", {}, "G3"),
         ("tiny haarB CIFAR10", {}, "haarB"),
+        ("tiny G3B_phi2 CIFAR10", {}, "G3B_phi2"),
         ("tiny G3B STL10", {}, "STL10"),
         ("tiny G3B CIFAR10", {"GPUS": "3"}, "32"),
         ("tiny G3B IMNET", {"DATA_PATH": "nowhere"}, "DATA_PATH"),
@@ -257,7 +259,8 @@ def test_fine_tuning_scripts(script, run, monkeypatch, tmp_path):
         0.1,
     )
     assert (args.mixup, args.cutmix, args.eval_crop_ratio) == (0.8, 1.0, 0.9)
-    assert args.hflip == (0 if args.data_set == "SVHN" else None)
+    assert args.decay_rational and (args.scale, args.ratio) == ([0.08, 1], [0.67, 1.5])
+    assert args.hflip == (0 if args.data_set == "SVHN" else 0.5)
 
 
 def test_fine_tuning_of_another_model_needs_its_checkpoint(run):

@@ -16,9 +16,9 @@ from timm.models import load_checkpoint
 
 import main as main_program
 import models  # noqa: F401
-import weights
-from models.build import build_model
-from models.load import load_all
+from checkpoint import read
+from checkpoint.fill import load_all
+from model_factory import build_model, outputs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT / "tools"))
@@ -69,10 +69,10 @@ def call(tool, *arguments):
 
 def rebuilt(path):
     """The model of a converted file, as main.py --eval --resume builds it."""
-    checkpoint = weights.read(path)
-    args = convert.describe(checkpoint, Namespace(model=None, use_ema=None), str(path))
-    model = build_model(args, predict.outputs_of(checkpoint, args), weights_follow=True)
-    load_all(model, checkpoint["model"], path)
+    checkpoint = read(path)
+    args = convert.describe(checkpoint, Namespace(model=None, use_ema=None))
+    model = build_model(args, outputs_of(checkpoint, args.model), weights_follow=True)
+    load_all(model, checkpoint.weights, path)
     return model, checkpoint
 
 
@@ -91,12 +91,9 @@ def test_timm_to_ours_keeps_model_and_images(tmp_path, name):
     assert call(convert, timm_file(tmp_path / "last.pth.tar", model, name), tmp_path / "ours.pth") == 0
     ours, checkpoint = rebuilt(tmp_path / "ours.pth")
     assert_same_outputs(ours, model)
-    assert checkpoint["args"]["model"] == name and checkpoint["args"]["model_kwargs"] == SMALL
-    assert (
-        checkpoint["args"]["mean"] == [0.5] * 3
-        and checkpoint["args"]["input_size"] == 32
-        and "timm" in checkpoint["versions"]
-    )
+    assert not checkpoint.foreign and checkpoint.model == name and checkpoint.model_options == SMALL
+    assert checkpoint.settings["mean"] == [0.5] * 3 and checkpoint.settings["input_size"] == 32
+    assert "timm" in torch.load(tmp_path / "ours.pth", weights_only=True)["versions"]
 
 
 def test_main_evaluates_a_converted_file_without_being_told_the_model(tmp_path, capsys):
@@ -160,20 +157,22 @@ def test_a_vit_becomes_a_kat_of_the_same_outputs(tmp_path, capsys):
         )
         == 0
     )
-    assert "not in the file, start anew: blocks.{0-1}.mlp.act1.weight_numerator" in capsys.readouterr().out
+    assert (
+        "not in the file, keep their initial values: blocks.{0-1}.mlp.act1.weight_numerator" in capsys.readouterr().out
+    )
     kat, checkpoint = rebuilt(tmp_path / "kat.pth")
-    assert checkpoint["args"]["model"] == "kat_micro_gelu_patch8_32"
+    assert checkpoint.model == "kat_micro_gelu_patch8_32"
     assert_same_outputs(kat, vit, 1e-2)
     assert (kat(IMAGES) - vit(IMAGES)).abs().max() < 0.2 * vit(IMAGES).std()  # no weights in common: more than 1
 
 
 def test_options_reshape_the_model(tmp_path):
-    """A new classifier drops the names of the old one and is drawn the same every time; another image size resamples."""
+    """A new classifier drops the names of the old one and starts alike every time; another image size resamples."""
     model = make()
     state = {
         "model": model.state_dict(),
         "model_ema": None,
-        "args": {"model": KAT, "model_kwargs": SMALL},
+        "args": {"model": KAT, "model_options": SMALL},
         "versions": {},
         "classes": CLASSES,
     }
@@ -181,17 +180,13 @@ def test_options_reshape_the_model(tmp_path):
     for target in ("a.pth", "b.pth"):
         assert call(convert, tmp_path / "own.pth", tmp_path / target, "--nb-classes", 7, "--input-size", 64) == 0
     (ours, checkpoint), (again, _) = rebuilt(tmp_path / "a.pth"), rebuilt(tmp_path / "b.pth")
-    assert (
-        ours.num_classes == 7
-        and ours.pos_embed.shape[1] == 65
-        and "classes" not in checkpoint
-        and checkpoint["args"]["input_size"] == 64
-    )
+    assert ours.num_classes == 7 and ours.pos_embed.shape[1] == 65
+    assert checkpoint.classes is None and checkpoint.settings["input_size"] == 64
     assert_same_tensors(ours.state_dict(), again.state_dict())
     assert torch.equal(ours.blocks[0].mlp.act2.weight_numerator, model.blocks[0].mlp.act2.weight_numerator)
     assert ours.head.weight.std() < 0.05 and not ours.head.bias.any()
     assert call(convert, tmp_path / "own.pth", tmp_path / "c.pth") == 0
-    assert weights.read(tmp_path / "c.pth")["classes"] == CLASSES
+    assert read(tmp_path / "c.pth").classes == CLASSES
 
 
 def test_input_size_comes_from_the_position_embedding(tmp_path):
@@ -208,7 +203,7 @@ def test_input_size_comes_from_the_position_embedding(tmp_path):
         == 0
     )
     ours, checkpoint = rebuilt(tmp_path / "ours.pth")
-    assert checkpoint["args"]["input_size"] == 48 and torch.equal(ours.pos_embed, model.pos_embed)
+    assert checkpoint.settings["input_size"] == 48 and torch.equal(ours.pos_embed, model.pos_embed)
 
 
 def test_raw_and_averaged_weights(tmp_path):
@@ -297,7 +292,7 @@ def forced(path, index, outputs=4, **more):
     torch.save(
         {
             "model": model.state_dict(),
-            "args": {"model": KAT, "input_size": 32, "model_kwargs": SMALL},
+            "args": {"model": KAT, "input_size": 32, "model_options": SMALL},
             "versions": {},
             **more,
         },
@@ -333,7 +328,7 @@ def test_probabilities_are_those_of_main_s_transforms(tmp_path, capsys):
     args = {
         "model": KAT,
         "input_size": 32,
-        "model_kwargs": SMALL,
+        "model_options": SMALL,
         "mean": [0.1, 0.2, 0.3],
         "std": [0.5, 0.6, 0.7],
         "interpolation": "bilinear",

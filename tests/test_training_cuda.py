@@ -1,4 +1,4 @@
-"""Training on a GPU: kernel against definition on photographs, two GPUs, repetition to the bit."""
+"""Training on GPUs, on crops of photographs: kernel against definition, repetition to the bit, two GPUs."""
 
 import re
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import main
-from kan_basis.rational import use_kernel
+import training
+from kan_basis.kernels import use_kernel
 from tests.data_helpers import photographs
 from tests.test_main import assert_same_run, call, log, torchrun
 
@@ -14,68 +15,38 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cifar10")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
     photographs(folder, train=100, validation=10)
     return folder
 
 
 def flags(folder):
-    return (
-        "--model",
-        "kat_tiny_patch16_224",
-        "--data-set",
-        "IMNET",
-        "--data-path",
-        folder,
-        "--batch-size",
-        "32",
-        "--train-subset",
-        "640",
-        "--epochs",
-        "1",
-        "--lr",
-        "1e-3",
-        "--unscale-lr",
-        "--warmup-epochs",
-        "1",
-        "--no-repeated-aug",
-        "--aa",
-        "none",
-        "--color-jitter",
-        "0",
-        "--reprob",
-        "0",
-        "--mixup",
-        "0",
-        "--cutmix",
-        "0",
-        "--drop-path",
-        "0",
-        "--check-images",
-        "off",
-        "--device",
-        "cuda",
-    )
+    return f"""--model kat_tiny_patch16_224 --data-set IMNET --data-path {folder} --check-images off --train-subset 640
+    --batch-size 32 --epochs 1 --lr 1e-3 --unscale-lr --warmup-epochs 1 --no-repeated-aug --aa none --color-jitter 0
+    --reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --device cuda""".split()
 
 
 @pytest.mark.gpu
-def test_first_20_losses_are_those_of_the_definition(cifar, monkeypatch):
-    """In float32, at the learning rate that the warm-up starts from, 1e-6. At 1e-5 the training itself is chaotic: two runs of the definition, one
-    with rational functions in float64, part after six steps."""
-    losses = {}
-    build = main.build_criterion
-    for kernel in ("cuda", "torch"):
-        seen = losses[kernel] = []
+def test_first_20_losses_are_those_of_the_definition(tree, monkeypatch):
+    """In float32, at the initial learning rate of the warm-up, 1e-6.
 
-        def build_criterion(*args):
+    At 1e-5 training is chaotic: two runs of the definition, one of them with rational functions in float64, differ
+    after six steps.
+    """
+    losses = {}
+    build = training.build_criterion
+    for kernel in ("cuda", "torch"):
+        losses[kernel] = []
+
+        def build_criterion(*args, kernel=kernel):
             criterion = build(*args)
-            criterion.register_forward_hook(lambda module, inputs, loss: seen.append(loss.item()))
+            criterion.register_forward_hook(lambda module, inputs, loss: losses[kernel].append(loss.item()))
             return criterion
 
-        monkeypatch.setattr(main, "build_criterion", build_criterion)
+        monkeypatch.setattr(training, "build_criterion", build_criterion)
         try:
-            assert call(*flags(cifar), "--amp", "off", "--kernel", kernel) == 0
+            assert call(*flags(tree), "--amp", "off", "--kernel", kernel) == 0
         finally:
             use_kernel("auto")
     assert len(losses["cuda"]) == len(losses["torch"]) == 20 and losses["cuda"] != losses["torch"]
@@ -88,8 +59,8 @@ MICRO = ("--model", "kat_micro_patch4_32", "--input-size", "32", "--batch-size",
 
 
 @pytest.mark.gpu
-def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkeypatch):
-    """As CUDA graphs: the steps that a resumed run records are replayed by the straight one."""
+def test_compiled_training_resumes_to_the_bit_and_agrees(tree, tmp_path, monkeypatch):
+    """With CUDA graphs: a resumed run records graphs in steps in which the straight run replays them."""
     run = main.train_one_epoch
     stopped = iter((False, True))
 
@@ -99,7 +70,7 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkey
             raise KeyboardInterrupt
         return result
 
-    compiled = (*flags(cifar), *MICRO, "--compile", "--drop-path", "0.2", "--drop", "0.1", "--epochs", "2")
+    compiled = (*flags(tree), *MICRO, "--compile", "--drop-path", "0.2", "--drop", "0.1", "--epochs", "2")
     assert call(*compiled, "--output-dir", tmp_path / "straight") == 0
     torch.compiler.reset()
     monkeypatch.setattr(main, "train_one_epoch", stop_in_second_epoch)
@@ -110,7 +81,7 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkey
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     torch.compiler.reset()
     for name, options in (("eager", ()), ("compiled", ("--compile",))):
-        assert call(*flags(cifar), *MICRO, *options, "--output-dir", tmp_path / name) == 0
+        assert call(*flags(tree), *MICRO, *options, "--output-dir", tmp_path / name) == 0
     eager, graphs = (log(tmp_path / name)[0]["train_loss"] for name in ("eager", "compiled"))
     assert abs(eager - graphs) < 0.01, (eager, graphs)
 
@@ -122,10 +93,10 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(cifar, tmp_path, monkey
     [("--batch-size", "16", "--deterministic"), (*MICRO, "--compile", "--compile-mode", "reduce-overhead")],
     ids=["tiny", "micro as CUDA graphs"],
 )
-def test_two_gpus_repeat_to_the_bit_and_agree_with_one(cifar, tmp_path, options):
-    """The kernels on cuda:1, under DistributedDataParallel, in bfloat16; evaluation of the same file on one and on two GPUs."""
+def test_two_gpus_repeat_to_the_bit_and_agree_with_one(tree, tmp_path, options):
+    """Kernels on cuda:1, in DistributedDataParallel, in bfloat16; evaluation of one file on one and on two GPUs."""
     for name in ("one", "two"):
-        result = torchrun(2, *flags(cifar), *options, "--kernel", "cuda", "--output-dir", tmp_path / name)
+        result = torchrun(2, *flags(tree), *options, "--kernel", "cuda", "--output-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
     figures = [

@@ -15,6 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms as T
 
 import transforms
+from models.timm_internals import replace_crop
 from samplers import ExactEvalBatchSampler
 from transforms import build_loader, build_transform
 from utils import UserError
@@ -180,7 +181,7 @@ def test_20000_draws_of_each_published_policy(policy):
     image = noise(32, 32)
     assert {rand_augment(image).size for _ in range(20_000)} == {(32, 32)}
     assert bits.total() > 500
-    assert (bits[0] > 0) == policy.endswith("inc1")  # the draws that Pillow 13 raises on did happen
+    assert (bits[0] > 0) == policy.endswith("inc1")  # draws for which Pillow 13 raises
 
 
 @pytest.mark.parametrize("policy", [POLICIES[0], "original", "augmix-m3-w3", "rand-m9-mmax30-inc1"])
@@ -189,7 +190,7 @@ def test_every_posterize_op_is_replaced(policy):
     ops = [op for s in steps for op in [*getattr(s, "ops", ()), *sum(getattr(s, "policy", []), [])]]
     posterize = [op for op in ops if op.name.startswith("Posterize")]
     assert posterize and all(op.aug_fn is transforms.posterize for op in posterize)
-    assert AugmentOp("Posterize").aug_fn is not transforms.posterize  # timm itself is left alone
+    assert AugmentOp("Posterize").aug_fn is not transforms.posterize  # timm itself does not change
 
 
 def test_posterize_at_magnitude_10_is_black():
@@ -202,8 +203,13 @@ def test_posterize_at_magnitude_10_is_black():
     if int(PIL.__version__.split(".")[0]) >= 13:
         with pytest.raises(ValueError, match="bits"):
             unfixed(noise())
-    else:  # the meaning that is kept
+    else:  # the behaviour that posterize keeps
         assert np.asarray(unfixed(noise())).max() == 0
+
+
+def test_a_transform_of_another_timm_is_refused():
+    with pytest.raises(RuntimeError, match="use timm 1.0.31"):
+        replace_crop(build_transform(False, make_args(input_size=64)), [])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -226,7 +232,7 @@ def test_loader_normalises_white_and_black():
 
 
 def test_transforms_and_loader_together_are_to_tensor_and_normalize():
-    """What torchvision alone makes of an image is what the model gets."""
+    """The model gets the image that torchvision alone would give it."""
     image = noise(90, 70)
     transform = build_transform(False, make_args(input_size=64))
     crop = T.CenterCrop(64)(T.Resize(73, T.InterpolationMode.BICUBIC)(image))
@@ -252,7 +258,7 @@ def test_loader_follows_its_sampler_each_epoch():
 
 
 def erased_of(args, is_train=True, n=300, num_workers=0):
-    """(images, where they differ from normalised white)."""
+    """The images of one batch, and the mask of pixels that are not normalised white."""
     [(x, _)] = build_loader(Images(n, value=255), args, CPU, num_workers, is_train=is_train, batch_size=n)
     return x, ((x - normalised(1.0)).abs() > 1e-5).any(1)
 
@@ -260,7 +266,7 @@ def erased_of(args, is_train=True, n=300, num_workers=0):
 def test_random_erasing_only_in_training():
     options = {"reprob": 1.0, "remode": "const"}
     x, erased = erased_of(make_args(**options))
-    assert (x.permute(0, 2, 3, 1)[erased] == 0).all()  # the mean: after the normalisation
+    assert (x.permute(0, 2, 3, 1)[erased] == 0).all()  # the mean, because erasing follows the normalisation
     share = erased.float().mean((1, 2))
     assert (
         0.01 < share.min() < 0.05 and 0.3 < share.max() < 0.36 and 0.12 < share.mean() < 0.22
@@ -301,7 +307,7 @@ def test_random_erasing_repeats_with_the_seed(num_workers):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pin_mem", [True, False])
 def test_batches_on_the_gpu_outlive_their_variables(pin_mem):
-    """Work that is queued but not done keeps its batch: a later one is not written over it."""
+    """A later batch does not overwrite a batch that queued work still reads."""
     device = torch.device("cuda:0")
     images = Images(1)
     images.pixels = torch.arange(12, dtype=torch.uint8).repeat_interleave(64)[:, None, None, None].expand(-1, 3, 64, 64)

@@ -1,28 +1,28 @@
 """Parameters and FLOPs of models for one image, side by side.
 
     python tools/flops.py --model vit_tiny_patch16_224 kat_tiny_patch16_224 vit_tiny_patch16_224_karat
-    python tools/flops.py --model kat_tiny_patch16_224 vit_base_patch16_224_karat --grid 1 --mlp-basis spline --nb-classes 10 --json OUT/flops.json
+    python tools/flops.py --model kat_tiny_patch16_224 vit_base_patch16_224_karat --grid 1 --nb-classes 10 --json FILE
 
-All flags of main.py are taken; those of attention and MLP bases shape the models that have them. One FLOP is one multiply-add, as fvcore counts:
-linear layers and convolutions, layer norms at 5 per element; no bias, softmax, GELU, sine or exponential. fvcore traces the model without our own
-functions, which it would see in part or not at all, depending on how they are computed. They are counted by formula:
+All flags of main.py are accepted; those of attention and MLP bases shape the models that have them. One FLOP is one
+multiply-add, as fvcore counts: linear layers and convolutions, and layer norms at 5 per element; biases, softmax, GELU,
+sine and exponential count nothing. fvcore traces the model without the learned functions, which it would see partly or
+not at all, depending on how they are computed. They are counted by formula, where c is `flops` of the basis:
 
-    MLP of a KAT       c for each element of the input of an activation; 21 for the published rationals, where a product and a sum count as two
-    attention of       c for each function of a row of scores, one for each that has a base function, and one for each entry of the projection W:
-    a KArAt            (3 G + 1) N^2 r h L for the published ones (N tokens, h heads, L blocks, rank r), whose W is applied to each row
-    c                  Fourier 3 G: G angles, 2 G products
-                       rational of degrees (m, n) 2 m + 2 n + 3: two Horner schemes, a division, an absolute value and a power of it
-                       B-spline (2 k + 1) G + 3 k^2: the k steps of the recursion, 2 for each piece, and G + k products
-                       wavelet 5: argument, square, wave, envelope and weight
+    MLP of a KAT           c for each element of the input of an activation; 21 for the published rational functions
+    attention of a KArAt   c for each function of a row of scores, one for each function that has a base function,
+                           and one for each entry of the projection W: (3 G + 1) N^2 r h L for the published
+                           operators (N tokens, h heads, L blocks, rank r), whose W is applied to each row
 
-"Attention products" are Q K^T and the product with V, N^2 d each for a head, for KArAt as for softmax. models/karat.py itself computes less, by applying
-W to V, and its features are shared by the r functions of a score.
+"Attention products" are Q K^T and the product with V, N^2 d each for a head, for KArAt as for softmax. models/karat.py
+computes less: it applies W to V, and the r functions of a score share its features.
 
-How the published figures come about: KAT's (1.13, 4.35, 17.06; its ViT 1.08, 4.25, 16.87) leave the attention products out, because fvcore skips fused
-attention, and have 1,000 classes. KArAt's have them (ViT-T 1.258) and 10 classes; its activation alone is the formula above (T .1677, S .3353, B .2682).
-Its totals (1.425, 4.941, 17.847) are, to all digits and for all three models, the sum of both less 2 N C for each block of width C: as if the two norms of
-a block were counted at 4 per element, which is fvcore's figure for norms without weights. Why is not published, and the same norms stand with 5 in the
-ViT-T to which they are compared; so this tool does not follow, and prints 1.426, 4.943 and 17.850.
+Published figures. KAT's (1.13, 4.35, 17.06; its ViT 1.08, 4.25, 16.87) leave the attention products out, because fvcore
+skips fused attention, and are for 1,000 classes. KArAt's Table 13 includes them and is for 10 classes. Its activation
+is the formula above (T .1677, S .3353, B .2682). Its ViTs (1.262, 4.614, 17.595 in version 3) are, to 0.001, the
+figures of this tool (1.2582, 4.6080, 17.5820) plus one FLOP for each entry of a softmax and of GELU, which fvcore does
+not count (1.2614, 4.6144, 17.5948). Its KArAts (1.425, 4.941, 17.847) are the figures of this tool (1.4259, 4.9433,
+17.8502) less 2 N C for each block of width C, as if the two norms of a block were counted at 4 per element, which is
+what fvcore counts for norms without weights.
 """
 
 import sys
@@ -30,37 +30,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
+import copy
 import json
 import warnings
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kan_options
+import kan_flags
 from arguments import Arguments, Parser, get_args_parser
-from kan_basis import GroupBasis, GroupRational
-from kan_basis.basis import Basis
-from models.build import build_model, freeze_all_but_attention
+from model_factory import (
+    build_model,
+    freeze_all_but_attention,
+    is_ours,
+    kan_defaults,
+    kan_option_names,
+    on_meta,
+)
 from models.karat import KArAtAttention
+from models.kat import activations
 from models.operator import KArAtOperator
-from utils import UserError, first_line
+from utils import UserError, first_line, report
 
-FORMULAS = {
-    "fourier": lambda b: 3 * b.grid,
-    "rational": lambda b: 2 * sum(b.degrees) + 3,
-    "spline": lambda b: (2 * b.order + 1) * b.grid + 3 * b.order**2,
-    "wavelet": lambda b: 5,
-}
-PRODUCTS = (
-    "scaled_dot_product_attention",
-    "matmul",
-    "bmm",
-    "baddbmm",
-    "einsum",
-)  # of two activations: what attention takes
+# Products of two activations, which are those of attention.
+PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum")
 COLUMNS = {
     "model": "model",
     "parameters": "params M",
@@ -71,33 +66,21 @@ COLUMNS = {
 }
 
 
-def function_flops(basis: Basis) -> int:
-    """c above: FLOPs of one function at one point. Raises: UserError for a basis without a formula."""
-    if basis.name not in FORMULAS:
-        raise UserError(
-            f"there is no formula for the FLOPs of the {basis.name} basis: tools/flops.py lists them in FORMULAS"
-        )
-    return FORMULAS[basis.name](basis)
-
-
-def kan_flops(module: GroupRational | GroupBasis | KArAtOperator, size: int) -> int:
-    """Of an activation for `size` elements, or of an operator for `size` rows of scores in each head."""
-    if isinstance(module, GroupRational):
-        return size * FORMULAS["rational"](module)
-    if isinstance(module, GroupBasis):
-        return size * function_flops(module.basis)
-    edges = sum(
-        layer.in_features * layer.out_features * (function_flops(layer.basis) + (layer.base_fn is not None))
-        for layer in module.layers
-    )
+def kan_flops(module: nn.Module, size: int) -> int:
+    """FLOPs of an activation for `size` elements, or of an operator for `size` rows of scores in each head."""
+    if not isinstance(module, KArAtOperator):
+        return size * module.basis.flops
+    edges = sum(f.in_features * f.out_features * (f.basis.flops + (f.base_fn is not None)) for f in module.layers)
     projections = sum(w[0].numel() for w in (module.project_in, module.project_out) if w is not None)
     return size * module.num_heads * (edges + projections)
 
 
-@contextmanager
-def _own_functions_replaced(model: nn.Module):
-    """Activations by the identity, operators by softmax attention; yields a list that a forward pass fills with the arguments of `kan_flops`."""
-    seen, replaced = [], []
+def _without_functions(model: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, int]]]:
+    """A copy of the model in which activations are the identity and operators are softmax attention.
+
+    A forward pass fills the list with the arguments of `kan_flops`.
+    """
+    model, seen = copy.deepcopy(model).eval(), []
 
     def identity(act: nn.Module, x: Tensor) -> Tensor:
         seen.append((act, int(x.numel())))
@@ -107,18 +90,12 @@ def _own_functions_replaced(model: nn.Module):
         seen.append((operator, int(query.shape[0] * query.shape[2])))
         return F.scaled_dot_product_attention(query, key, value)
 
+    for activation in activations(model).values():
+        activation.forward = partial(identity, activation)
     for module in model.modules():
-        if isinstance(module, (GroupRational, GroupBasis)):
-            module.forward = partial(identity, module)
-            replaced.append((module, "forward"))
-        elif isinstance(module, KArAtAttention):
+        if isinstance(module, KArAtAttention):
             module.apply_operator = softmax
-            replaced.append((module, "apply_operator"))
-    try:
-        yield seen
-    finally:
-        for module, name in replaced:
-            delattr(module, name)
+    return model, seen
 
 
 def _attention_products(inputs: list, outputs: list) -> int:
@@ -131,73 +108,66 @@ def _attention_products(inputs: list, outputs: list) -> int:
 def count(model: nn.Module, input_size: int) -> dict[str, int]:
     """Parameters and FLOPs of one image of input_size x input_size pixels, by the keys of COLUMNS.
 
-    Raises: UserError where fvcore is not installed.
+    Raises: UserError if fvcore is not installed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about the jit that fvcore uses
+        warnings.simplefilter("ignore")  # torch warns about the jit that fvcore uses
         try:
             from fvcore.nn import FlopCountAnalysis
         except ImportError as error:
             raise UserError("FLOPs are counted by fvcore, which is not installed: pip install fvcore") from error
         image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
-        with _own_functions_replaced(model.eval()) as seen:
-            analysis = FlopCountAnalysis(model, image).set_op_handle(
-                "aten::scaled_dot_product_attention", _attention_products
-            )
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-            traced = {name: int(flops) for name, flops in analysis.by_operator().items()}
-    own, products = (
-        sum(kan_flops(*each) for each in seen),
-        sum(flops for name, flops in traced.items() if name in PRODUCTS),
-    )
-    total = sum(traced.values()) + own
+        plain, seen = _without_functions(model)
+        analysis = FlopCountAnalysis(plain, image)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_products)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        traced = {name: int(flops) for name, flops in analysis.by_operator().items()}
+    learned = sum(kan_flops(*each) for each in seen)
+    products = sum(flops for name, flops in traced.items() if name in PRODUCTS)
+    total = sum(traced.values()) + learned
     parameters = list(model.parameters())
     return {
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "without_attention_products": total - products,
         "with_attention_products": total,
-        "kan": own,
+        "kan": learned,
     }
 
 
 def arguments_of(names: list[str], argv: list[str]) -> list[Arguments]:
-    """For each model the flags of main.py, without those of bases that it does not have but another of the models does.
+    """The arguments of main.py for each model, without options of learned functions that only other models have.
 
-    Raises: UserError for flags that none of the models takes, or that do not fit a model.
+    Raises: UserError for an option that none of the models has.
     """
-    parser, described = get_args_parser(), []
+    parser, described, unused = get_args_parser(), [], []
     parser.prog, parser.usage = "flops.py", "flops.py --model NAME [NAME ...] [--json FILE] [options of main.py]"
     for name in names:
-        try:
-            args = parser.parse_intermixed_args([f"--model={name}", *argv], Arguments())
-        except ValueError as error:  # of timm's KEY=VALUE parser
-            raise UserError("--model-kwargs takes KEY=VALUE pairs, such as depth=6") from error
-        for part, flags in (("karat", kan_options.ATTENTION), ("kat_", kan_options.MLP)):
-            if part not in name and any(part in other for other in names):
-                for flag in flags:
-                    setattr(args, flag, None)
-        args.init = None  # no matter for a count
-        kan_options.check(args)
+        args = parser.parse_intermixed_args([f"--model={name}", *argv], Arguments())
+        given = kan_flags.given_options(args, parser._actions)
+        known = kan_defaults(on_meta(name, {}, args.input_size), given) if is_ours(name) else {}
+        options = {k: v for k, v in given.items() if k in known or k not in kan_option_names()}
+        unused.append(given.keys() - options.keys())
+        args.model_options = options
         described.append(args.freeze())
+    if nowhere := set.intersection(*unused):
+        raise UserError(f"none of the models has the option {', '.join(sorted(nowhere))}")
     return described
 
 
 def table(rows: list[dict]) -> str:
     """Millions of parameters, giga-FLOPs."""
-    cells = [list(COLUMNS.values())]
-    cells += [
-        [
-            row["model"],
-            *(f"{row[key] / (1e6 if key in ('parameters', 'trainable') else 1e9):.4f}" for key in list(COLUMNS)[1:]),
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-        for line in cells
-    )
+    width = max(len(row["model"]) for row in rows)
+    name, *titles = COLUMNS.values()
+    lines = ["  ".join([name.ljust(width), *(title.rjust(10) for title in titles)])]
+    for row in rows:
+        line = row["model"].ljust(width)
+        for key, value in row.items():
+            if key != "model":
+                unit = 1e6 if key in ("parameters", "trainable") else 1e9
+                line += f"  {value / unit:{max(10, len(COLUMNS[key]))}.4f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def options_parser() -> Parser:
@@ -233,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         run(*options_parser().parse_known_args(argv))
         return 0
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        report(error)
         return 2
 
 

@@ -1,6 +1,8 @@
-"""Draw the functions that each basis starts training from: one panel per basis and wavelet, published init on the left, scaled on the right.
+"""Draw the functions that each basis starts from, with the published initialisation on the left and the scaled one.
 
-python tools/plot_basis.py --out bases.png
+    python tools/plot_basis.py --out bases.png
+
+There is one panel for each basis, or for each value of its option that has choices, such as the wavelet.
 """
 
 import sys
@@ -8,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
+from dataclasses import fields
 
 import torch
 from matplotlib.figure import Figure  # draws files without a display, whatever backend is set
 
-from kan_basis import BASES, make_basis
-from kan_basis.basis import INITS, Basis
-from kan_basis.wavelet import WAVELETS
+from kan_basis import BASES
+from kan_basis.basis import INITS, Basis, choices_of
 
 COLUMNS = 2  # panels side by side
 HIGHEST = 6.0  # |phi| shown: steep rational functions leave the panel
@@ -38,9 +40,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def panels() -> dict[str, Basis]:
-    """Title -> basis: every basis with its default options, every wavelet."""
-    bases = {name: make_basis(name) for name in BASES if name != "wavelet"}
-    return bases | {f"wavelet {name}": make_basis("wavelet", wavelet=name) for name in WAVELETS}
+    """Title -> basis with its default options, one for each value of an option that has choices."""
+    bases = {}
+    for name, cls in BASES.items():
+        choices = [(f.name, value) for f in fields(cls) for value in choices_of(f)]
+        bases |= {f"{name} {value}": cls(**{option: value}) for option, value in choices} or {name: cls()}
+    return bases
 
 
 @torch.no_grad()
@@ -63,10 +68,9 @@ def plot(draws: int, seed: int, fan_in: int, interval: tuple[float, float]) -> F
         y = {init: curves(basis, init, draws, seed, fan_in, x) for init in INITS}
         limit = min(1.1 * max(t.abs().max().item() for t in y.values()), HIGHEST)
         for axes, init in zip(cell.subplots(1, len(INITS), sharey=True), INITS):
-            axes.plot(x, y[init].T, linewidth=1.3)
+            axes.plot(x, y[init].T, linewidth=1.2)
+            axes.set_title(init, loc="left", fontsize="medium")
             axes.set(xlim=interval, ylim=(-limit, limit))
-            axes.set_title(init, fontsize="small", loc="left")
-            axes.tick_params(labelsize="small")
             axes.axhline(0, color="black", linewidth=0.5)
             axes.grid(alpha=0.3)
     return figure

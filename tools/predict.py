@@ -8,19 +8,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import os
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 
 import torch
-from convert import describe
 from timm.data import ImageNetInfo
+from torchvision.transforms.functional import normalize
 
 import utils
-import weights
 from arguments import Parser
+from checkpoint import read
+from checkpoint.fill import load_all
+from convert import add_model_options, describe
 from datasets import DataError, load_image
 from labels import class_names
-from models.build import build_model, outputs_of
-from models.load import choose, load_all
+from model_factory import build_model, outputs_of
 from transforms import build_transform
 from utils import UserError
 
@@ -29,34 +30,17 @@ def get_args_parser() -> Parser:
     p = Parser("predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="a path, a URL or hf_hub:USER/NAME")
-    p.add_argument("--model", help="the checkpoint's model (default: what the checkpoint or its name says)")
-    p.add_argument(
-        "--model-kwargs",
-        nargs="+",
-        metavar="KEY=VALUE",
-        help="its options, where the checkpoint does not say them, such as act_init=relu",
-    )
-    p.add_argument("--input-size", type=int, help="image side, pixels (default: the checkpoint's)")
+    add_model_options(p)
     p.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print for each image (default: 5)")
-    p.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="names of the outputs, one a line (default: the checkpoint's, else ImageNet's)",
-    )
-    p.add_argument(
-        "--use-ema",
-        action=BooleanOptionalAction,
-        help="averaged or raw weights (default: the better ones if the checkpoint says so, else "
-        "the averaged ones if there are any)",
-    )
-    p.add_argument(
-        "--device", default="cuda", help="cuda, cuda:N or cpu; the CPU where there is no GPU (default: cuda)"
-    )
+    text = "names of the outputs, one a line (default: the checkpoint's, else ImageNet's)"
+    p.add_argument("--classes", metavar="FILE", help=text)
+    p.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; without a GPU, the CPU (default: cuda)")
     return p
 
 
 def names_of(outputs: int, trained_on: list[str] | None, file: str | None) -> list[str]:
-    """A name for every output: the file's, else the checkpoint's, else ImageNet's, else its number; descriptions in place of ImageNet's wnids.
+    """A name for every output: the file's, else the checkpoint's, else ImageNet's, else its number; descriptions in
+    place of ImageNet's wnids.
 
     Raises: UserError if the file cannot be read or has not as many names.
     """
@@ -85,26 +69,24 @@ def predict(options: Namespace) -> int:
     """Print the classes of every image that can be read and name the others; the number of those."""
     if options.topk < 1:
         raise UserError(f"--topk must be at least 1, not {options.topk}")
-    checkpoint = weights.read(options.checkpoint)
-    args = describe(checkpoint, options, options.checkpoint)
-    chosen, which = choose(checkpoint, args.use_ema)
-    model = build_model(args, outputs_of(checkpoint, args), weights_follow=True)
-    load_all(model, chosen, f"{options.checkpoint} ({which} weights)", resample=True)
-    names = names_of(model.num_classes, checkpoint.get("classes"), options.classes)
+    checkpoint = read(options.checkpoint)
+    args = describe(checkpoint, options)
+    weights, which = checkpoint.choose(args.use_ema)
+    model = build_model(args, outputs_of(checkpoint, args.model), weights_follow=True)
+    load_all(model, weights, f"{options.checkpoint} ({which} weights)", resample=True)
+    names = names_of(model.num_classes, checkpoint.classes, options.classes)
     device = utils.init_world(options.device).device
     model.to(device)
     transform, unread = build_transform(False, args), 0
-    mean, std = (
-        torch.tensor([255 * v for v in values], device=device)[:, None, None] for values in (args.mean, args.std)
-    )
     for path in options.images:
         try:
             image = torch.as_tensor(transform(load_image("", os.fsencode(path))), device=device)
         except DataError as error:
-            sys.stderr.write(f"error: {error}\n")
+            utils.report(error)
             unread += 1
             continue
-        probabilities, indices = model((image - mean)[None] / std)[0].softmax(-1).topk(min(options.topk, len(names)))
+        x = normalize(image / 255, args.mean, args.std)
+        probabilities, indices = model(x[None])[0].softmax(-1).topk(min(options.topk, len(names)))
         print(
             path,
             *(f"{100 * p:7.2f} %  {names[i]}" for p, i in zip(probabilities.tolist(), indices.tolist())),
@@ -118,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return 2 if predict(get_args_parser().parse_intermixed_args(argv)) else 0
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        utils.report(error)
         return 2
 
 

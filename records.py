@@ -1,0 +1,140 @@
+"""Records of a run: log.txt, speed.txt, args.json, curves.png, Weights & Biases."""
+
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+from arguments import Arguments
+from utils import UserError, versions, write_atomically
+
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "speed.txt", "args.json", "curves.png")
+
+
+class Records:
+    """Files of a run in its output folder (if it has one), and its Weights & Biases log; only rank 0 writes them.
+
+    log.txt has one JSON object per epoch, equal for two runs of the same seed; speed.txt the times; args.json the
+    arguments, the command and versions; curves.png loss and accuracy over the epochs.
+    A `start_epoch` above 0 continues the run in the folder: its entries from that epoch on are dropped.
+    """
+
+    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments) -> None:
+        self.folder = folder
+        self.entries, self.plotted = [], time.monotonic()
+        if folder:
+            about = {"args": args.plain(), "command": sys.argv, "versions": versions()}
+            _prepare_folder(folder, about, fresh=start_epoch == 0)
+            self.entries = _keep(folder / "log.txt", start_epoch)
+            _keep(folder / "speed.txt", start_epoch)
+        state = random.getstate()  # W&B may draw from this generator.
+        self.wandb = start_wandb(args, folder) if args.run_name else None
+        random.setstate(state)
+
+    def add(self, entry: dict, speed: dict) -> None:
+        self.entries.append(entry)
+        if self.folder:
+            for name, values in (("log.txt", entry), ("speed.txt", {"epoch": entry["epoch"], **speed})):
+                with open(self.folder / name, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            if time.monotonic() - self.plotted >= 30:
+                plot_curves(self.entries, self.folder / "curves.png")
+                self.plotted = time.monotonic()
+        self._tell_wandb("log", {**entry, **speed}, step=entry["epoch"])
+
+    def close(self) -> None:
+        if self.folder and self.entries:
+            plot_curves(self.entries, self.folder / "curves.png")
+        self._tell_wandb("finish")
+
+    def _tell_wandb(self, method: str, *args, **kwargs) -> None:
+        if self.wandb:
+            try:
+                getattr(self.wandb, method)(*args, **kwargs)
+            except Exception as error:  # No fault of the logger may stop the training.
+                reason = f"{type(error).__name__}: {error}"
+                print(f"Weights & Biases {method} failed ({reason}); continuing without it.", flush=True)
+                self.wandb = None
+
+
+def _prepare_folder(folder: Path, about: dict, fresh: bool) -> None:
+    """Make the folder and its args.json; a fresh run first moves the files of an earlier run into a folder earlier-N.
+
+    Raises: UserError if the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        left = [path for name in (*RUN_FILES, "checkpoint-*.pth") for path in folder.glob(name)]
+        if left and fresh:
+            aside = next(folder / f"earlier-{n}" for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
+            aside.mkdir()
+            for path in left:
+                path.rename(aside / path.name)
+            print(f"{folder} held an earlier run: moved to {aside} (to continue a run: --resume auto)", flush=True)
+        write_atomically(folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+    except OSError as error:
+        raise UserError(f"cannot write into the output folder {folder}: {error.strerror}") from error
+
+
+def _keep(path: Path, start_epoch: int) -> list[dict]:
+    """Drop the entries of a file from `start_epoch` on, and a last line that a crash cut short; returns the others."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [line for line in lines if line.endswith("}\n")]
+    kept = [line for line in lines if json.loads(line)["epoch"] < start_epoch]
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    return [json.loads(line) for line in kept]
+
+
+def start_wandb(args: Arguments, folder: Path | None):
+    """A Weights & Biases run: offline without network or login, None without the package; a line says so."""
+    try:
+        import wandb
+    except ImportError:
+        print("wandb is not installed (pip install wandb): this run is logged to its output folder only.", flush=True)
+        return None
+    options = dict(
+        project=args.wandb_project,
+        name=args.run_name,
+        id=args.run_id or None,
+        resume="allow" if args.run_id else None,
+        config=args.plain(),
+        dir=folder,
+    )
+    modes = (os.environ.get("WANDB_MODE") or "online offline").split()
+    for mode in modes:
+        try:
+            if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+                raise RuntimeError("no login")
+            return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30), **options)
+        except Exception as error:  # No fault of the logger may stop the training.
+            then = "logging offline (wandb sync uploads it)" if mode != modes[-1] else "continuing without it"
+            print(f"Weights & Biases {mode} failed ({type(error).__name__}: {error}); {then}.", flush=True)
+    return None
+
+
+def plot_curves(entries: list[dict], path: Path) -> None:
+    """Training and validation loss, and top-1 accuracy of raw and EMA weights, against the epoch."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed (pip install matplotlib): no curves.png.", flush=True)
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    losses = {"train_loss": "train (augmented)", "test_loss": "validation", "test_ema_loss": "validation, EMA"}
+    for axis, names in ((loss, losses), (accuracy, {"test_acc1": "raw weights", "test_ema_acc1": "EMA weights"})):
+        for key, label in names.items():
+            points = [(e["epoch"] + 1, e[key]) for e in entries if key in e]
+            if points:
+                axis.plot(*zip(*points), marker=".", label=label)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if axis.lines:
+            axis.legend()
+    loss.set_ylabel("loss per image")
+    accuracy.set_ylabel("validation top-1 (%)")
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120))
