@@ -1,11 +1,15 @@
 """README, CONTRIBUTING and the pages under docs/: length, links, and the examples that a reader would copy."""
 
 import re
+import struct
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import datasets
 from kan_basis import BASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,3 +65,19 @@ def test_the_basis_of_the_guide_is_one(monkeypatch):
     t = x.tanh()
     torch.testing.assert_close(basis.features(x), torch.stack([t**0, t, (3 * t * t - 1) / 2], -1))
     assert basis.num_coefficients == 3 and basis.flops and basis.formula
+
+
+def test_the_data_set_of_the_guide_is_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "DATASETS", {**datasets.DATASETS})
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 6), ("t10k", 2)):
+        images, labels = np.arange(count * 784, dtype=np.uint8).tobytes(), bytes(range(count))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+    blocks = re.findall(r"^```py\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    exec(next(block for block in blocks if "register_dataset" in block), {**vars(datasets)})
+    args = Namespace(data_set="FashionMNIST", data_path=str(tmp_path), eval=False)
+    train, val = datasets.DATASETS["FashionMNIST"](args, False)
+    assert (len(train), len(val), train[3][1]) == (6, 2, 3) and train.images.shape == (6, 28, 28, 3)
+    assert len(datasets.DATASETS["FashionMNIST"](Namespace(**{**vars(args), "eval": True}), False)) == 1
