@@ -35,6 +35,7 @@ import json
 import warnings
 from functools import partial
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -143,12 +144,13 @@ def arguments_of(names: list[str], argv: list[str]) -> list[Arguments]:
     parser, described, unused = get_args_parser(), [], []
     parser.prog, parser.usage = "flops.py", "flops.py --model NAME [NAME ...] [--json FILE] [options of main.py]"
     for name in names:
+        cfg = timm.get_pretrained_cfg(name)  # the image size of a model that has only one, as in main.py
+        parser.set_defaults(input_size=cfg.input_size[-1] if cfg and cfg.fixed_input_size else 224)
         args = parser.parse_intermixed_args([f"--model={name}", *argv], Arguments())
         given = kan_flags.given_options(args, parser._actions)
         known = kan_defaults(on_meta(name, {}, args.input_size), given) if is_ours(name) else {}
-        options = {k: v for k, v in given.items() if k in known or k not in kan_option_names()}
-        unused.append(given.keys() - options.keys())
-        args.model_options = options
+        args.model_options = {k: v for k, v in given.items() if k in known or k not in kan_option_names()}
+        unused.append(given.keys() - args.model_options.keys())
         described.append(args.freeze())
     if nowhere := set.intersection(*unused):
         raise UserError(f"none of the models has the option {', '.join(sorted(nowhere))}")
