@@ -16,9 +16,12 @@ class CheckpointError(UserError):
 class Progress:
     """How far a training has come, apart from the weights.
 
-    epoch: the last finished one, from 0. updates: optimizer steps. schedule: state of a plateau schedule. best:
-        accuracy
-    in per cent, "raw" or "EMA" weights, epoch. rng: states of the random generators, one for each process.
+    Args:
+        epoch: the last finished one, counted from 0.
+        updates: optimizer steps so far.
+        schedule: state of a plateau schedule.
+        best: accuracy in per cent, "raw" or "EMA" weights, and their epoch.
+        rng: states of the random generators, one for each process.
     """
 
     optimizer: dict[str, Any]

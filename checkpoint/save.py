@@ -85,8 +85,7 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
         )
     _restore_optimizer(training, checkpoint, args)
     start = progress.epoch + 1
-    # The schedule counts updates from the start of the epoch, which a run with another global batch has fewer or more
-    # of.
+    # With another global batch an epoch has another number of updates: the schedule goes on from the same epoch.
     training.updates = start * updates_per_epoch
     if not checkpoint.foreign and progress.updates != training.updates:
         world.log(
