@@ -1,4 +1,4 @@
-"""What computes the rational function on a GPU: the CUDA kernels, or the definition in plain PyTorch.
+"""What computes a function on a GPU for which there are kernels: the kernels, or its definition in plain PyTorch.
 
     auto   the kernels where they can run; where they cannot, plain PyTorch and a warning that says why
     cuda   the kernels; where they cannot run, an error that says why
@@ -44,7 +44,7 @@ class KernelRefusal(ValueError):
 
 
 def use_kernel(choice: str) -> None:
-    """Choose what computes the rational function: auto, cuda or torch (see above).
+    """Choose what computes the functions that have kernels: auto, cuda or torch (see above).
 
     Raises: ValueError for another choice, or for cuda where no kernel can run.
     """
@@ -61,12 +61,13 @@ def refusal(shape, dtype, device, a_shape, b_shape, dim: int) -> str:
     return missing or kernel.refusal(shape, dtype, a_shape, b_shape, dim) or launch.refusal(device.index)
 
 
-def path(refused: str, watched: bool) -> str:
-    """How to compute a rational function of tensors on a GPU.
+def path(refused: str, watched: bool, what: str = "rational") -> str:
+    """How to compute a function of tensors on a GPU.
 
     Args:
         refused: why the kernels do not take the tensors, "" if they do.
         watched: whether the call must go through torch's dispatcher.
+        what: name of the function, for messages.
     Returns: "kernel"; "operator", which is the kernel behind the dispatcher; or "definition".
     Raises: ValueError where the kernels were chosen and do not take the tensors.
     """
@@ -76,17 +77,17 @@ def path(refused: str, watched: bool) -> str:
         return "operator" if watched else "kernel"
     if _choice == "cuda":
         raise KernelRefusal(f"the kernel 'cuda' was chosen, but the CUDA kernels cannot run: {refused}")
-    _warn_once(refused)
+    _warn_once(what, refused)
     return "definition"
 
 
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 @torch.compiler.assume_constant_result  # otherwise a compiler traces warnings.warn
-def _warn_once(reason: str) -> bool:
-    if reason not in _warned:
-        _warned.add(reason)
-        message = f"rational runs in plain PyTorch, several times slower than its CUDA kernels: {reason}"
+def _warn_once(what: str, reason: str) -> bool:
+    if (what, reason) not in _warned:
+        _warned.add((what, reason))
+        message = f"{what} runs in plain PyTorch, several times slower than its kernels: {reason}"
         warnings.warn(message, stacklevel=4)
     return True
