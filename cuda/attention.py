@@ -1,0 +1,144 @@
+"""The operators kan::attention and kan::attention_backward, on the Triton kernels of attention_kernels.py.
+
+Triton is imported at the first launch. Fake kernels make the operators opaque to torch.compile and torch.export. The
+definition and the checks of arguments are in kan_basis/attention.py.
+"""
+
+import importlib
+import importlib.util
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import launch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BASES = ("fourier", "chebyshev", "radial", "spline")
+BASE_FUNCTIONS = ("", "identity", "relu", "silu", "gelu")
+MAX_FEATURES = 64
+ROWS = 64  # The number of tokens of packed coefficients is a multiple of it.
+# Accumulators of coefficient gradients that a program keeps in registers, in tiles of a thread block.
+MAX_SUMS = 8
+
+
+@cache
+def _missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return "" if version >= (3, 3) else f"they need Triton 3.3, not {triton.__version__}: use torch 2.7 or later"
+
+
+@cache
+def _kernels():
+    return importlib.import_module(f"{__package__}.attention_kernels")
+
+
+def refusal(shape: tuple[int, ...], dtype: torch.dtype, rank: int, features: int, basis: str, order: int, base: str):
+    """Why the kernels do not take q, k and v of this shape (B, h, N, d), "" if they do."""
+    if _missing():
+        return _missing()
+    if dtype not in DTYPES:
+        return "they take float32, float16 and bfloat16, not float64"
+    if basis not in BASES:
+        return f"they do not know the basis {basis}"
+    if basis == "spline" and not 1 <= order <= 5:
+        return f"they take splines of order 1 to 5, not {order}"
+    if base not in BASE_FUNCTIONS:
+        return f"they do not know the base function {base}"
+    if not 1 <= shape[-1] <= 128:
+        return f"they take heads of up to 128 channels, not {shape[-1]}"
+    if rank > 64:
+        return f"they take a rank of up to 64, not {rank}"
+    if features > MAX_FEATURES:
+        return f"they take up to {MAX_FEATURES} features, not {features}"
+    return ""
+
+
+def _block(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class Shapes:
+    """Sizes and the constant arguments of the kernels."""
+
+    def __init__(self, q: Tensor, rank: int, features: int, basis: str, order: int, base: str):
+        self.B, self.H, self.N, self.D = q.shape
+        self.R, self.F = _block(rank), features
+        self.rank, self.padded = rank, math.ceil(self.N / ROWS) * ROWS
+        P = features - (base != "")
+        self.function = dict(P=P, F=features, ORDER=order, BASIS=basis, BASE=base, FAST=_fast(q))
+        self.sizes = dict(D=self.D, R=self.R, BLOCK_D=_block(self.D))
+
+
+def _fast(q: Tensor) -> bool:
+    return q.dtype is not torch.float32 and q.is_cuda
+
+
+def _heads_last(q: Tensor) -> Tensor:
+    """An empty tensor (B, h, N, d) in the memory order (B, N, h, d)."""
+    B, h, N, d = q.shape
+    return torch.empty(B, N, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def _strided(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+FORWARD = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
+BACKWARD_QUERY = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
+BACKWARD_KEY = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2)
+PARTS = 8
+
+
+def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, base):
+    kernels = _kernels()
+    q, k, v = map(_strided, (q, k, v))
+    s = Shapes(q, projector.shape[-1], coefficients.shape[1], basis, order, base)
+    packed = q.new_empty(s.H, 2 * s.F + 1, s.padded, s.R)
+    kernels.pack_kernel[(s.padded // ROWS, 2 * s.F + 1, s.H)](
+        coefficients, projector, packed, *coefficients.stride(), *projector.stride(), s.N, s.padded, s.rank,
+        P=s.function["P"], F=s.F, BASIS=basis, R=s.R, BLOCK=ROWS, num_warps=2,
+    )
+    values = q.new_empty(s.B, s.H, s.R, s.D)
+    kernels.project_kernel[(s.B * s.H,)](
+        v, packed, values, *v.stride()[:3], s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
+    )
+    z, out = q.new_empty(s.B, s.H, s.N, s.R), _heads_last(q)
+    config = FORWARD
+    kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]), s.B * s.H)](
+        q, k, packed, values, z, out, *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], s.N, s.padded, s.H, scale,
+        low, step, **s.function, **s.sizes, **config,
+    )
+    return out, z, values, packed
+
+
+def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, step, base):
+    kernels = _kernels()
+    grad, q, k, v = map(_strided, (grad.to(q.dtype), q, k, v))
+    s = Shapes(q, rank, packed.shape[1] // 2, basis, order, base)
+    config = BACKWARD_QUERY
+    blocks = math.ceil(s.N / config["BLOCK_M"])
+    dz = torch.empty_like(z)
+    parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
+    dq, dk, dv = (_heads_last(q) for _ in range(3))
+    kernels.backward_query_kernel[(blocks, s.B * s.H)](
+        grad, q, k, packed, values, z, dz, parts, dq, *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3],
+        *dq.stride()[:3], s.N, s.padded, s.H, scale, low, step, **s.function, **s.sizes, **config,
+    )
+    config, number = BACKWARD_KEY, min(PARTS, s.B)
+    images = math.ceil(s.B / number)
+    number = math.ceil(s.B / images)
+    sums = q.new_empty(number, s.H, s.F + 1, s.padded, s.R, dtype=torch.float32)
+    for first in range(0, s.F, MAX_SUMS):
+        kernels.backward_key_kernel[(math.ceil(s.N / config["BLOCK_N"]), s.H, number)](
+            q, k, v, packed, dz, parts, dk, dv, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *dk.stride()[:3], s.B, s.N, s.padded, s.H, images, blocks, scale, low, step, **s.function, **s.sizes,
+            FIRST=first, COUNT=min(MAX_SUMS, s.F - first), **config,
+        )
+    sums = sums.sum(0)[..., : s.N, :rank]
+    return dq, dk, dv, sums[:, : s.F], sums[:, s.F]
