@@ -353,8 +353,9 @@ def backward_key_kernel(Q, K, V, PACKED, DZ, PARTS, DK, DV, SUMS, sqb, sqh, sqn,
             v = _tile(V + b * svb + h * svh, n, svn, d, N, D, BLOCK_D)
             dw = tl.dot(v, tl.trans(dvalues), dw, input_precision="ieee")
     for f in tl.static_range(COUNT):
-        g: tl.constexpr = f + FIRST
-        target: tl.constexpr = g // 2 + (g % 2) * (P // 2) if BASIS == "fourier" and g < P else g
-        tl.store(SUMS + ((part * tl.num_programs(1) + h) * (F + 1) + target) * PADDED * R + at, sums[f])
+        source = f + FIRST
+        if BASIS == "fourier" and f + FIRST < P:
+            source = (f + FIRST) // 2 + ((f + FIRST) % 2) * (P // 2)
+        tl.store(SUMS + ((part * tl.num_programs(1) + h) * (F + 1) + source) * PADDED * R + at, sums[f])
     if FIRST == 0:
         tl.store(SUMS + ((part * tl.num_programs(1) + h) * (F + 1) + F) * PADDED * R + at, dw)
