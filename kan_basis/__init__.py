@@ -1,5 +1,6 @@
 """Learnable univariate functions, each defined once in plain PyTorch."""
 
+from kan_basis.attention import attention, fourier_attention
 from kan_basis.basis import BASES, Basis, make_basis, option, register
 from kan_basis.chebyshev import ChebyshevBasis
 from kan_basis.fourier import FourierBasis
@@ -21,6 +22,8 @@ __all__ = [
     "RationalBasis",
     "SplineBasis",
     "WaveletBasis",
+    "attention",
+    "fourier_attention",
     "group_basis",
     "make_basis",
     "option",

@@ -139,6 +139,11 @@ class Basis:
     name: ClassVar[str]
     linear: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "features" in vars(cls) and "kernel" not in vars(cls):
+            cls.kernel = None  # The kernel of a parent class computes other features.
+
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
@@ -162,6 +167,14 @@ class Basis:
             return {f"mlp_{f.name}": f for f in fields(cls)}
         used = (f for f in fields(cls) if "mlp_only" not in f.metadata)
         return {f.metadata.get("attention_name", f.name): f for f in used}
+
+    @property
+    def kernel(self) -> tuple[str, int, float, float] | None:
+        """(name, order, low, step), from which the kernels of attention compute the features; None: they cannot.
+
+        Features of the names "radial" and "spline" are functions of (x - low) step.
+        """
+        return None
 
     @property
     def working_set(self) -> int:

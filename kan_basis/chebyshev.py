@@ -33,6 +33,10 @@ class ChebyshevBasis(Basis):
     def formula(self) -> str:
         return f"sum over n = 0..{self.order} of theta_n T_n(tanh x)"
 
+    @property
+    def kernel(self) -> tuple[str, int, float, float]:
+        return "chebyshev", 0, 0.0, 1.0
+
     def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """T_0(tanh x) .. T_k(tanh x) by T_(n+1) = 2 t T_n - T_(n-1): (...) -> (..., k + 1), float32 at least."""
         t = at_least_float32(x).tanh()

@@ -36,6 +36,10 @@ class FourierBasis(Basis):
     def formula(self) -> str:
         return f"sum over m = 1..{self.grid} of a_m cos(m x) + b_m sin(m x)"
 
+    @property
+    def kernel(self) -> tuple[str, int, float, float]:
+        return "fourier", 0, 0.0, 1.0
+
     def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """cos x .. cos(G x), sin x .. sin(G x): (...) -> (..., 2 G), float32 at least.
 

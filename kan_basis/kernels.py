@@ -24,10 +24,12 @@ PACKAGES = ["kan_cuda"]
 if "kan_cuda" not in sys.modules and Path(__file__).parents[1].joinpath("cuda", "rational.cu").exists():
     PACKAGES.insert(0, "cuda")
 
-kernel, launch, missing = None, None, ""
+kernel, launch, attention, missing = None, None, None, ""
 for package in PACKAGES:
-    try:  # registers the operators; CuPy is imported at the first launch
-        kernel, launch = (importlib.import_module(f"{package}.{name}") for name in ("rational", "launch"))
+    try:  # registers the operators; CuPy and Triton are imported at the first launch
+        kernel, launch, attention = (
+            importlib.import_module(f"{package}.{name}") for name in ("rational", "launch", "attention_operator")
+        )
         missing = "" if importlib.util.find_spec("cupy") else "CuPy is not installed (pip install cupy-cuda13x)"
         break
     except ImportError as error:  # such as another package of that name
@@ -59,6 +61,11 @@ def use_kernel(choice: str) -> None:
 def refusal(shape, dtype, device, a_shape, b_shape, dim: int) -> str:
     """Why the kernels do not take x and coefficients of these shapes on a GPU, "" if they do."""
     return missing or kernel.refusal(shape, dtype, a_shape, b_shape, dim) or launch.refusal(device.index)
+
+
+def takes_attention(device: torch.device) -> bool:
+    """Whether the operators of attention exist for tensors on this device."""
+    return attention is not None and device.type in attention.DEVICES
 
 
 def path(refused: str, watched: bool, what: str = "rational") -> str:

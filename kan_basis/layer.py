@@ -25,7 +25,7 @@ MAX_FEATURES = 1 << 26
 MAX_EDGES = 1 << 22
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
 
 
@@ -43,7 +43,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim:
     Only the tensors are kept for the backward pass, which computes the function again. With `keep_rng` a function that
     draws random numbers draws the same ones again. An exported program has one chunk, because its batch is not known.
     """
-    if _exporting():
+    if exporting():
         return function(*tensors)
     count = max(1, math.ceil(tensors[0].shape[dim] / max(1, size)))
     chunks = zip(*(t.chunk(count, dim) for t in tensors))
@@ -52,6 +52,45 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim:
     else:
         results = [function(*chunk) for chunk in chunks]
     return results[0] if len(results) == 1 else torch.cat(results, dim)
+
+
+def apply_functions(
+    x: Tensor,
+    sums: Callable[[Tensor], Tensor],
+    base_fn: nn.Module | None = None,
+    scale_base: Tensor | None = None,
+) -> Tensor:
+    """sums(x) + the sums of scale_base b(x): (B, h, M, N) -> (B, h, M, r).
+
+    Args:
+        sums: (h, rows, N) -> (h, rows, r), in float32 at least.
+        base_fn, scale_base: b, an element-wise module or None, and its factors, (h, r, N).
+    """
+    B, h, M, N = x.shape
+    x = at_least_float32(x)
+    rows = x.transpose(0, 1).reshape(h, B * M, N)
+    out = sums(rows)
+    if base_fn is not None:
+        out = out + torch.bmm(apply_base(base_fn, rows).to(x.dtype), scale_base.to(x.dtype).transpose(-1, -2))
+    return out.reshape(h, B, M, out.shape[-1]).transpose(0, 1)
+
+
+def apply_base(base_fn: nn.Module, x: Tensor) -> Tensor:
+    """b(x) in the dtype of x, whatever the dtype of its parameters."""
+    parameters = {name: p.to(x.dtype) for name, p in base_fn.named_parameters()}
+    return torch.func.functional_call(base_fn, parameters, (x,)) if parameters else base_fn(x)
+
+
+def linear_sums(rows: Tensor, basis: Basis, coefficients: Tensor) -> Tensor:
+    """Sums of functions of a linear basis: (h, rows, N), (h, r, N, P) -> (h, rows, r)."""
+    # P stands in front of N, so that the features are written and read in whole rows.
+    weight = rearrange(coefficients.to(rows.dtype), "h r n p -> h (p n) r")
+
+    def product(x: Tensor) -> Tensor:
+        return torch.bmm(basis.features(x, -2).flatten(2), weight)
+
+    size = rows_of_chunk(rows.shape[0] * rows.shape[2] * basis.working_set)
+    return product(rows) if exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
 
 class KANLayer(nn.Module):
@@ -118,31 +157,32 @@ class KANLayer(nn.Module):
         else:
             self.scale_base.fill_(self.init_scale)
 
+    @property
+    def scaled_coefficients(self) -> Tensor:
+        """scale_basis theta, (h, r, N, P): the coefficients of a linear basis."""
+        return self.scale_basis[..., None] * self.coefficients
+
     def forward(self, x: Tensor) -> Tensor:
-        B, h, M, N = x.shape
+        h, N = x.shape[1], x.shape[3]
         if (h, N) != (self.num_heads, self.in_features):
             raise ValueError(f"expected {self.num_heads} heads of {self.in_features} inputs, not {h} of {N}")
-        x = at_least_float32(x)
-        rows = x.transpose(0, 1).reshape(h, B * M, N)
-        out = self._linear(rows) if self.basis.linear else self._edges(rows)
+        sums = self._edges
+        if self.basis.linear:
+            sums = partial(linear_sums, basis=self.basis, coefficients=self.scaled_coefficients)
+        return apply_functions(x, sums, self.base_fn, self.scale_base)
+
+    def apply_to(self, x: Tensor, value: Tensor) -> Tensor:
+        """self(x) V without self(x), for a linear basis: (B, h, M, N), (B, h, r, d) -> (B, h, M, d).
+
+        It is features(x) (scale_basis theta)^T V, with b(x) as one more feature.
+        """
+        x, coefficients = at_least_float32(x), self.scaled_coefficients
+        features = self.basis.features(x, -2)  # (B, h, M, P, N)
         if self.base_fn is not None:
-            out = out + torch.bmm(self._base(rows).to(x.dtype), self.scale_base.to(x.dtype).transpose(-1, -2))
-        return out.reshape(h, B, M, self.out_features).transpose(0, 1)
-
-    def _base(self, rows: Tensor) -> Tensor:
-        """b in the dtype of the rows, whatever the dtype of its parameters."""
-        parameters = {name: p.to(rows.dtype) for name, p in self.base_fn.named_parameters()}
-        return torch.func.functional_call(self.base_fn, parameters, (rows,)) if parameters else self.base_fn(rows)
-
-    def _linear(self, rows: Tensor) -> Tensor:
-        # P stands in front of N, so that the features are written and read in whole rows.
-        weight = rearrange((self.scale_basis[..., None] * self.coefficients).to(rows.dtype), "h r n p -> h (p n) r")
-
-        def product(x: Tensor) -> Tensor:
-            return torch.bmm(self.basis.features(x, -2).flatten(2), weight)
-
-        size = rows_of_chunk(rows.shape[0] * rows.shape[2] * self.basis.working_set)
-        return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
+            features = torch.cat([features, apply_base(self.base_fn, x).to(x.dtype).unsqueeze(-2)], -2)
+            coefficients = torch.cat([coefficients, self.scale_base[..., None]], -1)
+        values = torch.einsum("hrnp,bhrd->bhpnd", coefficients.to(x.dtype), value.to(x.dtype)).flatten(2, 3)
+        return (features.flatten(-2) @ values).to(value.dtype)
 
     def _edges(self, rows: Tensor) -> Tensor:
         def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:

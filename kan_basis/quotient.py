@@ -149,10 +149,10 @@ class Rational(torch.autograd.Function):
         return grad_x.reshape(x.shape), _per_group(sum_a, numerator), _per_group(sum_b, denominator) * sign, None, None
 
 
-def refuse_second_derivatives() -> None:
+def refuse_second_derivatives(what: str = "rational") -> None:
     """Raises: RuntimeError in a backward pass that is to be differentiated itself."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("rational is differentiable once: it has no second derivatives (create_graph=True)")
+        raise RuntimeError(f"{what} is differentiable once: it has no second derivatives (create_graph=True)")
 
 
 def _whole(x: Tensor) -> bool:

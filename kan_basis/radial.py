@@ -37,6 +37,11 @@ class RadialBasis(Basis):
         lo, hi = self.grid_range
         return f"sum over i = 1..{self.grid} of theta_i exp(-((x - c_i) / h)^2), c_i on [{lo:g}, {hi:g}]"
 
+    @property
+    def kernel(self) -> tuple[str, int, float, float]:
+        lo, hi = self.grid_range
+        return "radial", 0, lo, (self.grid - 1) / (hi - lo)
+
     def features(self, x: Tensor, dim: int = -1) -> Tensor:
         """exp(-((x - c_i) / h)^2) for every centre: (...) -> (..., G), float32 at least."""
         x = at_least_float32(x).unsqueeze(dim)

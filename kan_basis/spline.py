@@ -54,6 +54,11 @@ class SplineBasis(Basis):
         return f"sum over i = 1..{self.num_coefficients} of theta_i B_i(x), order {self.order} on [{lo:g}, {hi:g}]"
 
     @property
+    def kernel(self) -> tuple[str, int, float, float]:
+        lo, hi = self.grid_range
+        return "spline", self.order, lo, self.grid / (hi - lo)
+
+    @property
     def working_set(self) -> int:
         # Autograd keeps what every step of the recursion multiplies.
         return 3 * (self.grid + 2 * self.order)

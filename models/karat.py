@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules import activation
 
 from kan_basis import layer as kan
+from kan_basis.attention import attention_scores
 from kan_basis.basis import BASES, make_basis_for, option_names
 
 from .kat import KAT
@@ -24,8 +25,6 @@ from .operator import KArAtOperator
 from .timm_internals import merge_heads, split_heads
 from .vit import build, model_cfg, register
 
-# torch.bmm(..., out_dtype=torch.float32) exists for CUDA tensors only.
-_FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 # They mix the elements of a row, need arguments or draw random numbers.
 _NOT_ELEMENTWISE = {
     "MultiheadAttention",
@@ -39,38 +38,10 @@ _NOT_ELEMENTWISE = {
 }
 
 
-class _Fp32Product(torch.autograd.Function):
-    """a b^T of two half-precision batches of matrices in float32; the gradients have the dtype of a and b."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return torch.bmm(a, b.mT, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        grad = grad.to(a.dtype)
-        return torch.bmm(grad, b), torch.bmm(grad.mT, a)
-
-
-def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Q K^T scale: (B, h, M, d), (B, h, N, d) -> (B, h, M, N).
-
-    The scores are float32 or float64, also under autocast and for half-precision Q and K.
-    """
-    if query.is_cuda and _FP32_PRODUCTS and query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16):
-        scores = _Fp32Product.apply(query.flatten(0, 1), key.flatten(0, 1))
-        return scores.unflatten(0, query.shape[:2]) * scale
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        return query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
-
-
 class KArAtAttention(Attention):
     """timm's attention whose first heads apply an operator instead of the softmax; all softmax until `set_operator`.
 
-    Only Q, K and V are kept for the backward pass, which computes scores and features again, in chunks of the batch.
+    Of what grows with N^2 nothing is kept for the backward pass, which computes scores and features again.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -123,6 +94,8 @@ class KArAtAttention(Attention):
     def apply_operator(self, operator: KArAtOperator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """sigma(Q K^T / sqrt(d)) V: three times (B, h, N, d) -> (B, h, N, d)."""
         dropout = self.attn_drop.p if self.training else 0.0
+        if operator.direct and not dropout:
+            return operator.attend_directly(query, key, value, self.scale)
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return operator.attend(attention_scores(q, k, self.scale), v, dropout)

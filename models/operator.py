@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kan_basis import layer as kan
+from kan_basis.attention import attention, attention_scores, combine
 from kan_basis.basis import Basis, check_positive
 from kan_basis.layer import KANLayer
 from kan_basis.simplex import project_l1
@@ -137,10 +139,47 @@ class KArAtOperator(nn.Module):
         """
         if self.project_out is None or self.project_l1 or dropout:
             return F.dropout(self(scores), dropout).to(value.dtype) @ value
-        values = self.project_out.to(value.dtype).transpose(-1, -2) @ value  # (B, h, r, d)
-        if self.output_scale is not None:
-            values = values * self.output_scale.to(values.dtype)
-        return self.functions(scores).to(values.dtype) @ values
+        return combine(self.functions(scores), self._scaled(self.project_out), value)
+
+    @property
+    def direct(self) -> bool:
+        """Whether sigma(A) V needs neither A nor sigma(A) as a whole: see `attend_directly`."""
+        modular = len(self.layers) == 1 and (self.project_in is not None or self.project_out is not None)
+        return modular and self.layers[0].basis.linear and not self.project_l1
+
+    def attend_directly(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """sigma(scale Q K^T) V of an operator that is `direct`: three times (B, h, N, d) -> (B, h, N, d).
+
+        phi1_w2: Phi(A) (W^T V) by kan_basis.attention. w1_phi2: W A_k = scale (W K) Q_k, and the functions are linear
+        in their coefficients C, so that Phi(W A) V = features(scale Q (W K)^T) (C^T V) takes memory linear in N.
+        """
+        (layer,) = self.layers
+        if self.project_out is not None:
+            return attention(
+                query,
+                key,
+                value,
+                layer.scaled_coefficients,
+                self._scaled(self.project_out),
+                layer.basis,
+                scale,
+                layer.base_fn,
+                None if layer.base_fn is None else layer.scale_base,
+            )
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.autocast(q.device.type, enabled=False):
+                dtype = torch.promote_types(k.dtype, torch.float32)
+                keys = torch.einsum("hrn,bhnd->bhrd", self.project_in.to(dtype), k.to(dtype))
+            out = layer.apply_to(attention_scores(q, keys, scale), v)
+            return self._scaled(out)
+
+        size = kan.rows_of_chunk(self.num_heads * self.num_tokens * layer.in_features * (layer.basis.working_set + 1))
+        return kan.in_chunks(core, query, key, value, size=size, dim=0)
+
+    def _scaled(self, t: Tensor) -> Tensor:
+        """t (h, ...) or (B, h, ...) times the output scale."""
+        return t if self.output_scale is None else t * self.output_scale.to(t.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_tokens} tokens, num_heads={self.num_heads}, project_l1={self.project_l1}"
