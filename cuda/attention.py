@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import launch
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BASES = ("fourier", "chebyshev", "radial", "spline")
 BASE_FUNCTIONS = ("", "identity", "relu", "silu", "gelu")
@@ -21,13 +23,8 @@ ROWS = 64  # The number of tokens of packed coefficients is a multiple of it.
 MAX_SUMS = 8
 
 
-@torch.compiler.assume_constant_result
-def _missing() -> str:
-    return _find_triton()
-
-
 @cache
-def _find_triton() -> str:
+def _missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     import triton
@@ -143,5 +140,5 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
             *dk.stride()[:3], s.B, s.N, s.padded, s.H, images, blocks, scale, low, step, **s.function, **s.sizes,
             FIRST=first, COUNT=min(MAX_SUMS, s.F - first), **config,
         )
-    sums = sums[..., : s.N, :rank]
-    return dq, dk, dv, sums[:, :, : s.F].sum(0), sums[:, :, s.F].sum(0)  # no two outputs share memory
+    sums = sums.sum(0)[..., : s.N, :rank]
+    return dq, dk, dv, sums[:, : s.F], sums[:, s.F]
