@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import launch
+from . import attention_mma, launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BASES = ("fourier", "chebyshev", "radial", "spline")
@@ -104,11 +104,14 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
         coefficients, projector, packed, *coefficients.stride(), *projector.stride(), s.N, s.padded, s.rank,
         P=s.function["P"], F=s.F, BASIS=basis, R=s.R, BLOCK=ROWS, num_warps=2,
     )
-    values = q.new_empty(s.B, s.H, s.R, s.D)
+    values, z = q.new_empty(s.B, s.H, s.R, s.D), q.new_empty(s.B, s.H, s.N, s.R)
+    out = _heads_last(q)
+    if attention_mma.takes(q, k, v, rank=s.rank, features=s.F):
+        attention_mma.forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base)
+        return out, z, values, packed
     kernels.project_kernel[(s.B * s.H,)](
         v, packed, values, *v.stride()[:3], s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
     )
-    z, out = q.new_empty(s.B, s.H, s.N, s.R), _heads_last(q)
     config = FORWARD
     kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]), s.B * s.H)](
         q, k, packed, values, z, out, *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], s.N, s.padded, s.H, scale,
@@ -121,11 +124,16 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     kernels = _kernels()
     grad, q, k, v = map(_strided, (grad.to(q.dtype), q, k, v))
     s = Shapes(q, rank, packed.shape[1] // 2, basis, order, base)
+    dz = torch.empty_like(z)
+    dq, dk, dv = (_heads_last(q) for _ in range(3))
+    if attention_mma.takes(q, k, v, grad, rank=rank, features=s.F):
+        sums = attention_mma.backward(
+            grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, order, low, step, base
+        ).sum(0)[..., : s.N, :rank]
+        return dq, dk, dv, sums[:, : s.F], sums[:, s.F]
     config = BACKWARD_QUERY
     blocks = math.ceil(s.N / config["BLOCK_M"])
-    dz = torch.empty_like(z)
     parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
-    dq, dk, dv = (_heads_last(q) for _ in range(3))
     kernels.backward_query_kernel[(blocks, s.B * s.H)](
         grad, q, k, packed, values, z, dz, parts, dq, *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3],
         *dq.stride()[:3], s.N, s.padded, s.H, scale, low, step, **s.function, **s.sizes, **config,
