@@ -23,8 +23,13 @@ ROWS = 64  # The number of tokens of packed coefficients is a multiple of it.
 MAX_SUMS = 8
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _missing() -> str:
+    return _find_triton()
+
+
+@cache
+def _find_triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     import triton

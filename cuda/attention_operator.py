@@ -91,7 +91,12 @@ def backward(
         with torch.cuda.device(q.device):
             return backward(grad, q, k, v, z, values, packed, rank, *function)
     *gradients, d_coefficients, d_projector = attention.backward(grad, q, k, v, z, values, packed, rank, *function)
-    return *gradients, d_coefficients.contiguous(), d_projector.contiguous()
+    return *gradients, _alone(d_coefficients), _alone(d_projector)
+
+
+def _alone(t: Tensor) -> Tensor:
+    """t in contiguous memory that it shares with no other result of an operator."""
+    return t.clone(memory_format=torch.contiguous_format) if t._is_view() else t.contiguous()
 
 
 library = torch.library.Library("kan", "FRAGMENT")
