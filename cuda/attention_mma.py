@@ -46,17 +46,17 @@ def _up(size: int, unit: int = 16) -> int:
 
 @lru_cache(maxsize=4096)
 def _kernel(kind, types, dtype, basis, order, base, features, d, shared, device, extra=""):
+    file = "attention_forward.cu" if kind == "forward" else "attention_backward.cu"
     name = BASIS.get(basis) or f"Spline<{order}>"
     arguments = f"{TYPES[dtype]}, {name}, {BASE[base]}, {features}, {_up(d)}{extra}"
-    return launch.kernel("attention.cu", f"attention_{kind}_kernel<{arguments}>", types, shared, device)
+    return launch.kernel(file, f"attention_{kind}_kernel<{arguments}>", types, shared, device)
 
 
-@lru_cache(maxsize=4096)
-def _rows(N: int, rows_of_warp: int) -> tuple[int, int]:
-    """Warps of a block, and blocks for N rows."""
-    warps = math.ceil(N / rows_of_warp)
+def _rows(N: int, least: int = 1) -> tuple[int, int]:
+    """Warps of a block, at least `least`, and blocks for N rows, of which a warp takes 32."""
+    warps = math.ceil(N / 32)
     blocks = math.ceil(warps / WARPS)
-    return math.ceil(warps / blocks), blocks
+    return max(least, math.ceil(warps / blocks)), blocks
 
 
 def _chunk(N: int, bytes_of_row: int, fixed: int) -> int:
@@ -65,50 +65,53 @@ def _chunk(N: int, bytes_of_row: int, fixed: int) -> int:
     return _up(math.ceil(N / math.ceil(_up(N) / most)))
 
 
+def _resident(device: int) -> int:
+    """Blocks that run at the same time."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
-    F, D = packed.shape[1] // 2, _up(d)
-    warps, blocks = _rows(N, 32)
-    row, fixed = 2 * (2 * (D + 8) + (F + 1) * RANK + 8), 4 * RANK * D
+    F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
+    warps, blocks = _rows(N)
+    row, fixed = 2 * (2 * (D + 8) + (F + 1) * RANK + 8), 2 * RANK * (D + 8)
     chunk = _chunk(N, row, fixed)
-    kernel = _kernel(
-        "forward", MATRIX * 3 + "PPP" + MATRIX + SIZES, q.dtype, basis, order, base, F, d, row * chunk + fixed, q.get_device()
-    )
+    types = MATRIX * 3 + "PPP" + MATRIX + SIZES
+    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, row * chunk + fixed, device)
     kernel(
-        B * H * blocks, 32 * warps, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(), values.data_ptr(),
-        z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
+        min(B * H * blocks, _resident(device)), 32 * warps, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
+        values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
     )
 
 
 def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, order, low, step, base) -> Tensor:
     B, H, N, d = q.shape
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
-    warps, blocks = _rows(N, 16)
+    common, sizes = (q.dtype, basis, order, base, F, d), (B, H, N, d, packed.shape[2])
+    warps, blocks = _rows(N, least=D // 16)
     row, fixed = 2 * (D + 8 + F * RANK + 8), 2 * (16 * warps * (D + 8 + RANK + 8) + RANK * (D + 8))
     chunk = _chunk(N, row, fixed)
-    common = q.dtype, basis, order, base, F, d
-    kernel = _kernel(
-        "backward_query", MATRIX * 3 + "PPPPP" + MATRIX + SIZES, *common, row * chunk + fixed, device
-    )
-    parts = torch.empty(B, H, blocks, RANK, d, dtype=torch.float32, device=q.device)
-    sizes = B, H, N, d, packed.shape[2]
+    kernel = _kernel("backward_query", MATRIX * 3 + "PPPPPP" + MATRIX + SIZES, *common, row * chunk + fixed, device)
+    dvalues = torch.empty_like(values)
+    parts = torch.empty(B, H, blocks, RANK, d, dtype=torch.float32, device=q.device) if blocks > 1 else None
     kernel(
-        B * H * blocks, 32 * warps, *_matrix(grad), *_matrix(q), *_matrix(k), packed.data_ptr(), values.data_ptr(),
-        z.data_ptr(), dz.data_ptr(), parts.data_ptr(), *_matrix(dq), *sizes, chunk, scale, low, step,
+        min(B * H * blocks, _resident(device)), 32 * warps, *_matrix(grad), *_matrix(q), *_matrix(k), packed.data_ptr(),
+        values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), 0 if parts is None else parts.data_ptr(),
+        *_matrix(dq), *sizes, chunk, scale, low, step,
     )
+    if parts is not None:
+        dvalues = parts.sum(2).to(q.dtype)
     key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps = math.ceil(math.ceil(N / 16) / key_blocks)
     chunk = min(KEY_CHUNK, _up(N))
-    shared = 2 * (2 * chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
-    resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    images = math.ceil(B / max(1, min(B, resident // (key_blocks * H))))
+    shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
+    images = math.ceil(B / max(1, min(B, _resident(device) // (key_blocks * H))))
     number = math.ceil(B / images)
     sums = torch.empty(number, H, F + 1, packed.shape[2], RANK, dtype=torch.float32, device=q.device)
-    kernel = _kernel(
-        "backward_key", MATRIX * 3 + "PPP" + MATRIX * 2 + "P" + SIZES + "ii", *common, shared, device, f", {KEY_WARPS}"
-    )
+    types = MATRIX * 3 + "PPP" + MATRIX * 2 + "P" + SIZES + "i"
+    kernel = _kernel("backward_key", types, *common, shared, device, f", {KEY_WARPS}")
     kernel(
         number * H * key_blocks, 32 * warps, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(), dz.data_ptr(),
-        parts.data_ptr(), *_matrix(dk), *_matrix(dv), sums.data_ptr(), *sizes, chunk, scale, low, step, images, blocks,
+        dvalues.data_ptr(), *_matrix(dk), *_matrix(dv), sums.data_ptr(), *sizes, chunk, scale, low, step, images,
     )
     return sums
