@@ -81,23 +81,28 @@ __device__ __forceinline__ void add_products(float (*dx)[4], const float (*deriv
     }
 }
 
-__device__ __forceinline__ i64 index_of_part(int bh, int block, int blocks) { return (i64)bh * blocks + block; }
+// The blocks of a grid share the heads evenly, and the warps of a block form groups, each of which takes rows of an image
+// at a time. All groups of a block hence need the same coefficients, which stay in shared memory.
+struct Group {
+    int warp, index, first, stride, threads;
+    int head;
 
-// The turns of a block: (h, b, rows) in this order, split evenly among the blocks.
-struct Turn {
-    int h, b, first;
-    __device__ __forceinline__ Turn(i64 index, const Sizes& size, int blocks, int rows) {
-        h = index / ((i64)size.B * blocks);
-        b = index / blocks % size.B, first = index % blocks * rows;
+    __device__ __forceinline__ Group(const Sizes& size, int warps) {
+        const int groups = blockDim.x / 32 / warps;
+        warp = threadIdx.x / 32 % warps, index = threadIdx.x / 32 / warps, threads = 32 * warps;
+        head = blockIdx.x % size.H;
+        first = blockIdx.x / size.H * groups + index, stride = gridDim.x / size.H * groups;
+    }
+    __device__ __forceinline__ void synchronise() const {
+        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
     }
 };
 
-// COUNT slots of the packed coefficients of head h from slot FIRST on, for `count` tokens from n on.
+// All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` and token n on.
 template <int COUNT, int WIDTH, typename T>
 __device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, int n, int count,
                                             const Sizes& size) {
     for (int f = 0; f < COUNT; f++)
-        copy_rows<RANK>(target + f * RANK, WIDTH, packed + ((i64)(h * slots + first + f) * size.padded + n) * RANK,
-                        RANK, count, size.padded - n, RANK);
+        copy_rows<RANK>(target + f * RANK, WIDTH, packed + ((i64)(h * slots + first + f) * size.padded + n) * RANK, RANK,
+                        count, size.padded - n, RANK, threadIdx.x, blockDim.x);
 }
-

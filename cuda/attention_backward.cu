@@ -1,118 +1,121 @@
 // Backward kernels of attention by functions that are linear in their coefficients; see attention.cuh.
 #include "attention.cuh"
 
-// dq, dz and d(W^T V). The latter, (B, h, 16, d), is complete if a block of rows holds all of them; otherwise its parts
-// go to `parts`, (B, h, blocks, 16, d) in float. A warp takes 16 rows, then another 16. It takes D / 16 warps at least.
-template <typename T, typename BASIS, typename BASE, int F, int D>
-__global__ void __launch_bounds__(224, 2) attention_backward_query_kernel(
-    Matrix<const T> grad, Matrix<const T> q, Matrix<const T> k, const T* packed, const T* values, const T* z, T* dz,
-    T* dvalues, float* parts, Matrix<T> dq, Sizes size) {
+// dz = dout (W^T V)^T, (B, h, N, 16), and d(W^T V) = z^T dout, (B, h, 16, d). Grid: B h blocks of D / 16 warps.
+template <typename T, int D>
+__global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
+    Matrix<const T> grad, const T* values, const T* z, T* dz, T* dvalues, Sizes size) {
     extern __shared__ __align__(16) unsigned char shared[];
-    constexpr int WIDTH = D + 8, PACKED = F * RANK + 8, NARROW = RANK + 8;
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, rows = 32 * warps, half = 16 * warps;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = (size.N + rows - 1) / rows;
-    T *keys = reinterpret_cast<T*>(shared), *table = keys + size.chunk * WIDTH, *grads = table + size.chunk * PACKED;
-    T *sums = grads + half * WIDTH, *projected = sums + half * NARROW;
-    const bool whole = size.chunk >= size.N;  // the tokens are one chunk
-    const i64 turns = (i64)size.B * size.H * blocks;
-    int head = -1;
+    constexpr int WIDTH = D + 8, NARROW = RANK + 8;
+    const int bh = blockIdx.x, b = bh / size.H, h = bh % size.H, warp = threadIdx.x / 32;
+    T *grads = reinterpret_cast<T*>(shared), *sums = grads + size.chunk * WIDTH, *projected = sums + size.chunk * NARROW;
 
-    for (i64 index = turns * blockIdx.x / gridDim.x; index < turns * (blockIdx.x + 1) / gridDim.x; index++) {
-        const Turn turn(index, size, blocks, rows);
-        const int b = turn.b, h = turn.h, bh = b * size.H + h;
-        auto copy_grads = [&](int m) {
-            copy_rows<D>(grads, WIDTH, grad.at(b, h, m), grad.row, half, size.N - m, size.d);
-            copy_rows<RANK>(sums, NARROW, z + ((i64)bh * size.N + m) * RANK, RANK, half, size.N - m, RANK);
-        };
-        copy_grads(turn.first);
-        copy_rows<D>(projected, WIDTH, values + (i64)bh * RANK * size.d, size.d, RANK, RANK, size.d);
-        float part[2][4] = {};
-        for (int side = 0; side < 2; side++) {
-            const int m = turn.first + side * half + warp * 16;
-            unsigned queries[D / 16][4], dz_operand[4];
-            float dq_sum[D / 8][4];
-            load_rows<D>(queries, q.at(b, h, m), q.row, size.N - m, size.d);
+    copy_rows<D>(projected, WIDTH, values + (i64)bh * RANK * size.d, size.d, RANK, RANK, size.d, threadIdx.x, 2 * D);
+    float part[2][4] = {};
+    for (int start = 0; start < size.N; start += size.chunk) {
+        copy_rows<D>(grads, WIDTH, grad.at(b, h, start), grad.row, size.chunk, size.N - start, size.d, threadIdx.x,
+                     2 * D);
+        copy_rows<RANK>(sums, NARROW, z + ((i64)bh * size.N + start) * RANK, RANK, size.chunk, size.N - start, RANK,
+                        threadIdx.x, 2 * D);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+        const int count = min(size.chunk, size.N - start);
+        for (int i = 0; i < count; i += 16) {  // 16 columns for each warp
+            unsigned a[4], r[4];
+            load_operand<true, false>(a, sums + i * NARROW, NARROW);
+            load_operand<false, false>(r, grads + i * WIDTH + warp * 16, WIDTH);
+            multiply_add<T>(part, a, r);
+        }
+        for (int i = warp * 16; i < count; i += D) {  // 16 rows for each warp
+            float c[2][4] = {};
 #pragma unroll
-            for (int i = 0; i < D / 2; i++) dq_sum[i / 4][i % 4] = 0;
-            for (int start = 0; start < size.N; start += size.chunk) {
-                if (!whole || side == 0)
-                    copy_rows<D>(keys, WIDTH, k.at(b, h, start), k.row, size.chunk, size.N - start, size.d);
-                if (!whole || h != head)
-                    copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, start, size.chunk, size);
-                head = h;
-                commit_copies();
-                wait_copies<0>();
-                __syncthreads();
-                if (start == 0) {
-                    float c[2][4];
-#pragma unroll
-                    for (int j = 0; j < D / 16; j++) {
-                        unsigned a[4], r[4];
-                        load_operand<true, true>(a, grads + warp * 16 * WIDTH + j * 16, WIDTH);
-                        load_operand<false, true>(r, projected + j * 16, WIDTH);
-                        if (j == 0) {
-                            multiply<T>(c, a, r);
-                        } else {
-                            multiply_add<T>(c, a, r);
-                        }
-                    }
-                    pack_tiles<T>(dz_operand, c);
-                    T* row = dz + ((i64)bh * size.N + m) * RANK;
-                    store_tile(row, RANK, c[0], 1.0f, size.N - m);
-                    store_tile(row + 8, RANK, c[1], 1.0f, size.N - m);
-                    if (warp < D / 16)  // 16 columns of d(W^T V)
-                        for (int i = 0; i < half; i += 16) {
-                            unsigned r[4], s[4];
-                            load_operand<true, false>(r, sums + i * NARROW, NARROW);
-                            load_operand<false, false>(s, grads + i * WIDTH + warp * 16, WIDTH);
-                            multiply_add<T>(part, r, s);
-                        }
-                    if (side == 0) {
-                        __syncthreads();
-                        copy_grads(turn.first + half);  // for the other side, during the loop
-                    }
-                }
-                const int count = m < size.N ? min(size.chunk, (size.N - start + 15) / 16 * 16) : 0;
-                for (int n = 0; n < count; n += 16) {
-                    float x[2][4], dx[2][4];
-                    unsigned a[4];
-                    scores<D>(x, queries, keys + n * WIDTH);
-                    for_features<BASIS, BASE, F, false, true>(
-                        x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
-                            unsigned r[4];
-                            float c[2][4];
-                            load_operand<false, true>(r, table + n * PACKED + f * RANK, PACKED);
-                            multiply<T>(c, dz_operand, r);
-                            add_products(dx, derivative, c, f == 0);
-                        });
-                    pack_tiles<T>(a, dx);
-#pragma unroll
-                    for (int j = 0; j < D / 16; j++) {
-                        unsigned r[4];
-                        load_operand<false, false>(r, keys + n * WIDTH + j * 16, WIDTH);
-                        multiply_add<T>(dq_sum + 2 * j, a, r);
-                    }
-                }
-                if (!whole || side) __syncthreads();
+            for (int j = 0; j < D / 16; j++) {
+                unsigned a[4], r[4];
+                load_operand<true, true>(a, grads + i * WIDTH + j * 16, WIDTH);
+                load_operand<false, true>(r, projected + j * 16, WIDTH);
+                multiply_add<T>(c, a, r);
             }
+            T* row = dz + ((i64)bh * size.N + start + i) * RANK;
+            store_tile(row, RANK, c[0], 1.0f, size.N - start - i);
+            store_tile(row + 8, RANK, c[1], 1.0f, size.N - start - i);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (warp * 16 + i * 8 < size.d)
+            store_tile(dvalues + (i64)bh * RANK * size.d + warp * 16 + i * 8, size.d, part[i], 1.0f, RANK);
+}
+
+// dq. Grid: a multiple of h. `warps` form a group, which takes 16 rows of each.
+template <typename T, typename BASIS, typename BASE, int F, int D>
+__global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
+    Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    constexpr int WIDTH = D + 8, PACKED = F * RANK + 8;
+    const Group group(size, warps);
+    const int h = group.head, rows = 16 * warps, blocks = (size.N + rows - 1) / rows;
+    const bool whole = size.chunk >= size.N;  // the tokens are one chunk
+    T *table = reinterpret_cast<T*>(shared), *keys = table + size.chunk * (PACKED + group.index * WIDTH);
+
+    if (whole) {
+        copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, 0, size.chunk, size);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+    }
+    // With several chunks all groups go over them together, also those that have no rows left.
+    for (int turn = group.first; turn - (whole ? 0 : group.index) < size.B * blocks; turn += group.stride) {
+        const bool active = turn < size.B * blocks;
+        const int b = turn / blocks, m = active ? turn % blocks * rows + group.warp * 16 : size.N;
+        unsigned queries[D / 16][4], grads[1][4];
+        float sums[D / 8][4];
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) sums[i / 4][i % 4] = 0;
+        if (active) {
+            load_rows<D>(queries, q.at(b, h, m), q.row, size.N - m, size.d);
+            load_rows<16>(grads, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, size.N - m, RANK);
+        }
+        for (int start = 0; start < size.N; start += size.chunk) {
+            if (active)
+                copy_rows<D>(keys, WIDTH, k.at(b, h, start), k.row, size.chunk, size.N - start, size.d,
+                             threadIdx.x % group.threads, group.threads);
+            if (!whole) copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, start, size.chunk, size);
+            commit_copies();
+            wait_copies<0>();
+            if (whole)
+                group.synchronise();
+            else
+                __syncthreads();
+            const int count = m < size.N ? min(size.chunk, (size.N - start + 15) / 16 * 16) : 0;
+            for (int n = 0; n < count; n += 16) {
+                float x[2][4], dx[2][4];
+                unsigned a[4], r[4];
+                scores<D>(x, queries, keys + n * WIDTH);
+                for_features<BASIS, BASE, F, false, true>(
+                    x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
+                        float c[2][4];
+                        load_operand<false, true>(r, table + n * PACKED + f * RANK, PACKED);
+                        multiply<T>(c, grads[0], r);
+                        add_products(dx, derivative, c, f == 0);
+                    });
+                pack_tiles<T>(a, dx);
+#pragma unroll
+                for (int j = 0; j < D / 16; j++) {
+                    load_operand<false, false>(r, keys + n * WIDTH + j * 16, WIDTH);
+                    multiply_add<T>(sums + 2 * j, a, r);
+                }
+            }
+            if (whole)
+                group.synchronise();
+            else
+                __syncthreads();
+        }
+        if (active)
 #pragma unroll
             for (int j = 0; j < D / 8; j++)
-                if (j * 8 < size.d) store_tile(dq.at(b, h, m) + j * 8, dq.row, dq_sum[j], size.scale, size.N - m);
-        }
-        if (warp < D / 16)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int column = warp * 16 + i * 8;
-                if (column >= size.d) break;
-                if (blocks == 1)
-                    store_tile(dvalues + (i64)bh * RANK * size.d + column, size.d, part[i], 1.0f, RANK);
-                else
-#pragma unroll
-                    for (int j = 0; j < 2; j++)
-                        *reinterpret_cast<float2*>(parts + (index_of_part(bh, turn.first / rows, blocks) * RANK + g + 8 * j) *
-                                                               size.d + column + 2 * t) =
-                            make_float2(part[i][2 * j], part[i][2 * j + 1]);
-            }
+                if (j * 8 < size.d) store_tile(dq.at(b, h, m) + j * 8, dq.row, sums[j], size.scale, size.N - m);
     }
 }
 
@@ -150,17 +153,17 @@ __global__ void __launch_bounds__(32 * WARPS, 2) attention_backward_key_kernel(
         const int b = first + step / chunks, m = step % chunks * size.chunk, bh = b * size.H + h;
         if (b < last) {
             T* target = rows + step % 2 * stage;
-            copy_rows<D>(target, WIDTH, q.at(b, h, m), q.row, size.chunk, size.N - m, size.d);
+            copy_rows<D>(target, WIDTH, q.at(b, h, m), q.row, size.chunk, size.N - m, size.d, threadIdx.x, blockDim.x);
             copy_rows<RANK>(target + size.chunk * WIDTH, NARROW, dz + ((i64)bh * size.N + m) * RANK, RANK, size.chunk,
-                            size.N - m, RANK);
+                            size.N - m, RANK, threadIdx.x, blockDim.x);
             if (m == 0) {
                 const int from = block * tokens;
                 target = of_image + step / chunks % 2 * image;
-                copy_rows<D>(target, WIDTH, k.at(b, h, from), k.row, tokens, size.N - from, size.d);
+                copy_rows<D>(target, WIDTH, k.at(b, h, from), k.row, tokens, size.N - from, size.d, threadIdx.x, blockDim.x);
                 target += tokens * WIDTH;
-                copy_rows<D>(target, WIDTH, v.at(b, h, from), v.row, tokens, size.N - from, size.d);
+                copy_rows<D>(target, WIDTH, v.at(b, h, from), v.row, tokens, size.N - from, size.d, threadIdx.x, blockDim.x);
                 copy_rows<D>(target + tokens * WIDTH, WIDTH, dvalues + (i64)bh * RANK * size.d, size.d, RANK, RANK,
-                             size.d);
+                             size.d, threadIdx.x, blockDim.x);
             }
         }
         commit_copies();

@@ -88,12 +88,13 @@ __device__ __forceinline__ void store_tile(T* target, i64 stride, const float* c
         *reinterpret_cast<unsigned*>(target + (g + 8) * stride + 2 * t) = pack<T>(c[2] * scale, c[3] * scale);
 }
 
-// All threads: starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source.
+// Starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source. This is thread
+// `thread` of the `threads` that take part.
 template <int COLUMNS, typename T>
 __device__ __forceinline__ void copy_rows(T* target, int target_stride, const T* source, i64 stride, int count, int rows,
-                                          int columns) {
+                                          int columns, int thread, int threads) {
     constexpr int PIECES = COLUMNS <= 16 ? 2 : COLUMNS <= 32 ? 4 : 8;  // of 16 bytes
-    const int column = threadIdx.x % PIECES * 8, first = threadIdx.x / PIECES, step = blockDim.x / PIECES;
+    const int column = thread % PIECES * 8, first = thread / PIECES, step = threads / PIECES;
     if (column >= COLUMNS) return;
     if (column >= columns) rows = 0;
     unsigned address = (unsigned)__cvta_generic_to_shared(target + first * target_stride + column);
