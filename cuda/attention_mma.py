@@ -16,8 +16,9 @@ BASIS = {"fourier": "Fourier", "chebyshev": "Chebyshev", "radial": "Radial"}
 BASE = {"": "Zero", "identity": "Identity", "relu": "Relu", "silu": "Silu", "gelu": "Gelu"}
 RANK, MAX_FEATURES, MAX_CHANNELS = 16, 8, 64
 MATRIX, SIZES = "Pqqq", "iiiiiifff"
-SHARED = 113 << 10  # bytes of shared memory for each of two blocks of a multiprocessor
-WARPS = 7  # of a block
+SHARED = 227 << 10  # bytes of shared memory of a block
+GROUP = 5  # warps of a group, at most
+VALUES_CHUNK = 256
 KEY_WARPS = 5
 KEY_CHUNK = 112
 
@@ -46,69 +47,83 @@ def _up(size: int, unit: int = 16) -> int:
 
 @lru_cache(maxsize=4096)
 def _kernel(kind, types, dtype, basis, order, base, features, d, shared, device, extra=""):
+    file = "attention_forward.cu" if kind == "forward" else "attention_backward.cu"
     name = BASIS.get(basis) or f"Spline<{order}>"
     arguments = f"{TYPES[dtype]}, {name}, {BASE[base]}, {features}, {_up(d)}{extra}"
-    return launch.kernel("attention.cu", f"attention_{kind}_kernel<{arguments}>", types, shared, device)
+    return launch.kernel(file, f"attention_{kind}_kernel<{arguments}>", types, shared, device)
 
 
 @lru_cache(maxsize=4096)
-def _rows(N: int, rows_of_warp: int) -> tuple[int, int]:
-    """Warps of a block, and blocks for N rows."""
-    warps = math.ceil(N / rows_of_warp)
-    blocks = math.ceil(warps / WARPS)
-    return math.ceil(warps / blocks), blocks
+def _values_kernel(kind, types, dtype, D, chunk, device):
+    file = "attention_forward.cu" if kind == "values" else "attention_backward.cu"
+    shared = 2 * (chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
+    return launch.kernel(file, f"attention_{kind}_kernel<{TYPES[dtype]}, {D}>", types, shared, device)
 
 
-def _chunk(N: int, bytes_of_row: int, fixed: int) -> int:
-    """Tokens of a chunk, as few chunks as fit into shared memory."""
-    most = (SHARED - fixed) // bytes_of_row // 16 * 16
-    return _up(math.ceil(N / math.ceil(_up(N) / most)))
+def _groups(N: int, warps: int, D: int, F: int) -> tuple[int, int, int]:
+    """Warps of a group that takes N rows in as few turns as possible, groups of a block, and tokens of a chunk."""
+    tiles = math.ceil(N / 16)
+    of_group = math.ceil(tiles / math.ceil(tiles / GROUP))
+    groups = min(15, warps // of_group)  # the number of named barriers
+    row = 2 * (F * RANK + 8 + groups * (D + 8))
+    chunks = math.ceil(_up(N) / (SHARED // row // 16 * 16))
+    return of_group, groups, _up(math.ceil(N / chunks))
+
+
+def _blocks(B: int, N: int, H: int, of_group: int, groups: int, device: int) -> int:
+    """Blocks of a grid, a multiple of H, so many that all multiprocessors work if there is enough to do."""
+    turns = B * math.ceil(math.ceil(N / 16) / of_group)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return H * max(1, min(multiprocessors // H, math.ceil(turns / groups)))
 
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
-    F, D = packed.shape[1] // 2, _up(d)
-    warps, blocks = _rows(N, 32)
-    row, fixed = 2 * (2 * (D + 8) + (F + 1) * RANK + 8), 4 * RANK * D
-    chunk = _chunk(N, row, fixed)
-    kernel = _kernel(
-        "forward", MATRIX * 3 + "PPP" + MATRIX + SIZES, q.dtype, basis, order, base, F, d, row * chunk + fixed, q.get_device()
-    )
+    F, D, device, padded = packed.shape[1] // 2, _up(d), q.get_device(), packed.shape[2]
+    of_group, groups, chunk = _groups(N, 20, D, F)
+    shared = 2 * chunk * (F * RANK + 8 + groups * (D + 8))
+    kernel = _kernel("forward", MATRIX * 2 + "PP" + SIZES + "i", q.dtype, basis, order, base, F, d, shared, device)
     kernel(
-        B * H * blocks, 32 * warps, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(), values.data_ptr(),
-        z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
+        _blocks(B, N, H, of_group, groups, device), 32 * of_group * groups, *_matrix(q), *_matrix(k), packed.data_ptr(),
+        z.data_ptr(), B, H, N, d, padded, chunk, scale, low, step, of_group,
+    )
+    chunk = min(VALUES_CHUNK, _up(N))
+    kernel = _values_kernel("values", MATRIX + "PiPP" + MATRIX + SIZES, q.dtype, D, chunk, device)
+    kernel(
+        B * H, 2 * D, *_matrix(v), packed[0, 2 * F].data_ptr(), packed.stride(0), z.data_ptr(), values.data_ptr(),
+        *_matrix(out), B, H, N, d, padded, chunk, scale, low, step,
     )
 
 
 def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, order, low, step, base) -> Tensor:
     B, H, N, d = q.shape
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
-    warps, blocks = _rows(N, 16)
-    row, fixed = 2 * (D + 8 + F * RANK + 8), 2 * (16 * warps * (D + 8 + RANK + 8) + RANK * (D + 8))
-    chunk = _chunk(N, row, fixed)
-    common = q.dtype, basis, order, base, F, d
-    kernel = _kernel(
-        "backward_query", MATRIX * 3 + "PPPPP" + MATRIX + SIZES, *common, row * chunk + fixed, device
-    )
-    parts = torch.empty(B, H, blocks, RANK, d, dtype=torch.float32, device=q.device)
-    sizes = B, H, N, d, packed.shape[2]
+    common, sizes = (q.dtype, basis, order, base, F, d), (B, H, N, d, packed.shape[2])
+    dvalues, chunk = torch.empty_like(values), min(VALUES_CHUNK, _up(N))
+    kernel = _values_kernel("backward_values", MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
     kernel(
-        B * H * blocks, 32 * warps, *_matrix(grad), *_matrix(q), *_matrix(k), packed.data_ptr(), values.data_ptr(),
-        z.data_ptr(), dz.data_ptr(), parts.data_ptr(), *_matrix(dq), *sizes, chunk, scale, low, step,
+        B * H, 2 * D, *_matrix(grad), values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), *sizes, chunk,
+        scale, low, step,
+    )
+    of_group, groups, chunk = _groups(N, 16, D, F)
+    shared = 2 * chunk * (F * RANK + 8 + groups * (D + 8))
+    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "i", *common, shared, device)
+    kernel(
+        _blocks(B, N, H, of_group, groups, device), 32 * of_group * groups, *_matrix(q), *_matrix(k), packed.data_ptr(),
+        dz.data_ptr(), *_matrix(dq), *sizes, chunk, scale, low, step, of_group,
     )
     key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps = math.ceil(math.ceil(N / 16) / key_blocks)
     chunk = min(KEY_CHUNK, _up(N))
-    shared = 2 * (2 * chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
+    shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
     resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     images = math.ceil(B / max(1, min(B, resident // (key_blocks * H))))
     number = math.ceil(B / images)
     sums = torch.empty(number, H, F + 1, packed.shape[2], RANK, dtype=torch.float32, device=q.device)
-    kernel = _kernel(
-        "backward_key", MATRIX * 3 + "PPP" + MATRIX * 2 + "P" + SIZES + "ii", *common, shared, device, f", {KEY_WARPS}"
-    )
+    types = MATRIX * 3 + "PPP" + MATRIX * 2 + "P" + SIZES + "i"
+    kernel = _kernel("backward_key", types, *common, shared, device, f", {KEY_WARPS}")
     kernel(
         number * H * key_blocks, 32 * warps, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(), dz.data_ptr(),
-        parts.data_ptr(), *_matrix(dk), *_matrix(dv), sums.data_ptr(), *sizes, chunk, scale, low, step, images, blocks,
+        dvalues.data_ptr(), *_matrix(dk), *_matrix(dv), sums.data_ptr(), *sizes, chunk, scale, low, step, images,
     )
     return sums

@@ -83,9 +83,11 @@ class Kernel:
             with torch.cuda.device(device), cupy.cuda.Device(device):
                 module = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,))
                 function = module.get_function(name)
-                # More than 48 KiB, static shared memory included, must be asked for.
+                # More than 48 KiB, static shared memory included, must be asked for. Kernel objects of other sizes
+                # have the same function, hence the most that there is.
                 if shared_bytes > 32 << 10:
-                    function.max_dynamic_shared_size_bytes = shared_bytes
+                    most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+                    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
                 # CuPy looks up the current device at this attribute.
                 self.handle = function.kernel.ptr
         except (cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:  # the driver raises RuntimeErrors

@@ -15,21 +15,22 @@ template <> __device__ __forceinline__ unsigned pack<__half>(float low, float hi
     return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-template <typename T> struct Tensor;  // c += a b: a 16 x 16 in rows, b 16 x 8 in columns
-template <> struct Tensor<__nv_bfloat16> {
-    static __device__ __forceinline__ void multiply(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
-template <> struct Tensor<__half> {
-    static __device__ __forceinline__ void multiply(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
+// a b and c += a b: a 16 x 16 in rows, b 16 x 8 in columns.
+#define MMA(TYPE) "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+#define MMA_FUNCTIONS(NAME, TYPE)                                                                                      \
+    template <> struct Tensor<NAME> {                                                                                  \
+        static __device__ __forceinline__ void product(float* c, const unsigned* a, unsigned b0, unsigned b1) {        \
+            asm(MMA(TYPE) "{%10,%10,%10,%10};" : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                        \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));                            \
+        }                                                                                                              \
+        static __device__ __forceinline__ void add(float* c, const unsigned* a, unsigned b0, unsigned b1) {            \
+            asm(MMA(TYPE) "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                            \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                       \
+        }                                                                                                              \
+    };
+template <typename T> struct Tensor;
+MMA_FUNCTIONS(__nv_bfloat16, "bf16")
+MMA_FUNCTIONS(__half, "f16")
 
 // Two neighbouring tiles of sums as the left operand of a product.
 template <typename T> __device__ __forceinline__ void pack_tiles(unsigned* a, const float (*c)[4]) {
@@ -37,21 +38,31 @@ template <typename T> __device__ __forceinline__ void pack_tiles(unsigned* a, co
     a[2] = pack<T>(c[1][0], c[1][1]), a[3] = pack<T>(c[1][2], c[1][3]);
 }
 
-// 16 x 16 elements of shared memory from `corner`, rows `stride` apart: quarters (rows 0-7, columns 0-7), (8-15, 0-7),
-// (0-7, 8-15), (8-15, 8-15). A lane gets row g, columns 2t and 2t + 1 of each; TRANSPOSED, rows 2t and 2t + 1, column g.
-//   left operand from rows: r; from columns, TRANSPOSED: r[0], r[2], r[1], r[3]
-//   right operand, two tiles: of a matrix that is stored by columns: (r[0], r[2]), (r[1], r[3]); by rows, TRANSPOSED:
-//   (r[0], r[1]), (r[2], r[3])
-template <bool TRANSPOSED, typename T>
-__device__ __forceinline__ void load_tile(unsigned* r, const T* corner, int stride) {
-    const int lane = threadIdx.x % 32;
-    const unsigned address = (unsigned)__cvta_generic_to_shared(corner + lane % 16 * stride + lane / 16 * 8);
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-    else
+// A 16 x 16 operand from shared memory, `stride` elements apart: LEFT or two right ones, (r[0], r[1]) and (r[2], r[3]).
+// ALONG: the 16 elements that the product sums lie in a row of the memory, that is, in a row of a left operand or in a
+// column of a right one.
+template <bool LEFT, bool ALONG, typename T>
+__device__ __forceinline__ void load_operand(unsigned* r, const T* corner, int stride) {
+    // The quarters of the tile that r[1] and r[2] hold: the lower left and the upper right one, or the reverse.
+    const int lane = threadIdx.x % 32, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    corner += LEFT == ALONG ? (lane % 8 + second) * stride + third : (lane % 8 + third) * stride + second;
+    const unsigned address = (unsigned)__cvta_generic_to_shared(corner);
+    if (ALONG)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+
+// Two neighbouring tiles of sums: a [b0 b1] and c += a [b0 b1].
+template <typename T> __device__ __forceinline__ void multiply(float (*c)[4], const unsigned* a, const unsigned* b) {
+    Tensor<T>::product(c[0], a, b[0], b[1]);
+    Tensor<T>::product(c[1], a, b[2], b[3]);
+}
+template <typename T> __device__ __forceinline__ void multiply_add(float (*c)[4], const unsigned* a, const unsigned* b) {
+    Tensor<T>::add(c[0], a, b[0], b[1]);
+    Tensor<T>::add(c[1], a, b[2], b[3]);
 }
 
 // Left operands of 16 rows of device memory, D columns; 0 beyond `rows` and `columns`, which is a multiple of 8.
@@ -77,16 +88,20 @@ __device__ __forceinline__ void store_tile(T* target, i64 stride, const float* c
         *reinterpret_cast<unsigned*>(target + (g + 8) * stride + 2 * t) = pack<T>(c[2] * scale, c[3] * scale);
 }
 
-// All threads: starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source.
+// Starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source. This is thread
+// `thread` of the `threads` that take part.
 template <int COLUMNS, typename T>
 __device__ __forceinline__ void copy_rows(T* target, int target_stride, const T* source, i64 stride, int count, int rows,
-                                          int columns) {
-    for (int i = threadIdx.x; i < count * (COLUMNS / 8); i += blockDim.x) {
-        const int row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
-        const bool in = row < rows && column < columns;
-        const T* from = in ? source + row * stride + column : source;
-        const unsigned address = (unsigned)__cvta_generic_to_shared(target + row * target_stride + column);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(in ? 16 : 0)
-                     : "memory");
+                                          int columns, int thread, int threads) {
+    constexpr int PIECES = COLUMNS <= 16 ? 2 : COLUMNS <= 32 ? 4 : 8;  // of 16 bytes
+    const int column = thread % PIECES * 8, first = thread / PIECES, step = threads / PIECES;
+    if (column >= COLUMNS) return;
+    if (column >= columns) rows = 0;
+    unsigned address = (unsigned)__cvta_generic_to_shared(target + first * target_stride + column);
+    const T* from = source + first * stride + column;
+    for (int row = first; row < count; row += step) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(row < rows ? from : source),
+                     "r"(row < rows ? 16 : 0) : "memory");
+        address += step * target_stride * sizeof(T), from += step * stride;
     }
 }

@@ -1,0 +1,108 @@
+// Attention by functions that are linear in their coefficients (kan_basis/attention.py), for half precision, head
+// dimensions up to 64, ranks up to 16 and up to 8 features; attention_kernels.py has the formulas and all other cases.
+//
+//   x = scale q k^T,   z[m, p] = sum_n sum_f F_f(x[m, n]) A[f, n, p],   out = z (W^T V)
+//
+// Layout   q, k, v, out and their gradients: (B, h, N, d) with any strides that are multiples of 8, 1 in d. packed:
+//          (h, 2 F + 1, padded, 16) from attention_kernels.py, that is A, A with the factors of the derivatives, and W,
+//          0 in the padding. z, dz: (B, h, N, 16). Tiles of x have 16 x 16 elements and live in registers.
+// Types    operands T, sums and x float.
+// Work     of a warp for 16 x 16 scores, F = 6, d = 64, in instructions: forward 20 products (mma.m16n8k16), 16 sines
+//          and cosines, 40 to advance the features, 24 to pack them. dq: 28 products and 48 to add up the derivative.
+//          dk and dA: 40 products.
+// Launch   Persistent blocks. forward and dq: a turn is up to 32 rows for each warp of one (B, h), which go over all
+//          tokens in chunks of shared memory; the coefficients stay there from turn to turn while the head is the same.
+//          dk and dA: a warp takes 16 tokens of one head, keeps the sums of their coefficients in registers, and goes
+//          over the rows of a part of the batch, of which the next ones are copied meanwhile.
+// Sums     Every output has one writer. dA and dW of the parts of the batch, and d(W^T V) of the blocks of rows, are
+//          added in a fixed order: equal inputs give equal bits.
+#pragma once
+#include "features.h"
+#include "mma.cuh"
+
+#define RANK 16
+
+template <typename T>
+struct Matrix {  // (B, h, N, d)
+    T* data;
+    i64 image, head, row;
+    __device__ __forceinline__ T* at(int b, int h, int n) const { return data + b * image + h * head + n * row; }
+};
+
+struct Sizes {
+    int B, H, N, d, padded, chunk;
+    float scale, low, step;
+};
+
+// F features of x (8 per lane), of which the last is the base function, if there is one. `use` gets each one and its 8
+// values or derivatives.
+template <typename BASIS, typename BASE, int F, bool VALUES, bool DERIVATIVES, typename Use>
+__device__ __forceinline__ void for_features(const float (*x)[4], const Sizes& size, Use use) {
+    constexpr int P = BASE::NONE ? F : F - 1;
+    BASIS state[8];
+    float scaled[8], values[2][4], derivatives[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        scaled[i] = x[i / 4][i % 4] * size.scale;
+        state[i].start(scaled[i], size.low, size.step);
+    }
+#pragma unroll
+    for (int f = 0; f < F; f++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (VALUES) values[i / 4][i % 4] = f < P ? state[i].value(f) : BASE::value(scaled[i]);
+            if (DERIVATIVES) derivatives[i / 4][i % 4] = f < P ? state[i].derivative(f) : BASE::derivative(scaled[i]);
+            if (f + 1 < P) state[i].advance(f);
+        }
+        use(f, values, derivatives);
+    }
+}
+
+// x of 16 rows, whose operands are `a`, and 16 tokens from `b` in shared memory.
+template <int D, typename T>
+__device__ __forceinline__ void scores(float (*x)[4], const unsigned (*a)[4], const T* b) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        unsigned r[4];
+        load_operand<false, true>(r, b + k * 16, D + 8);
+        if (k == 0)
+            multiply<T>(x, a[k], r);
+        else
+            multiply_add<T>(x, a[k], r);
+    }
+}
+
+// dx += derivative c, or = for the first one.
+__device__ __forceinline__ void add_products(float (*dx)[4], const float (*derivative)[4], const float (*c)[4], bool first) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float term = derivative[i / 4][i % 4] * c[i / 4][i % 4];
+        dx[i / 4][i % 4] = first ? term : dx[i / 4][i % 4] + term;
+    }
+}
+
+// The blocks of a grid share the heads evenly, and the warps of a block form groups, each of which takes rows of an image
+// at a time. All groups of a block hence need the same coefficients, which stay in shared memory.
+struct Group {
+    int warp, index, first, stride, threads;
+    int head;
+
+    __device__ __forceinline__ Group(const Sizes& size, int warps) {
+        const int groups = blockDim.x / 32 / warps;
+        warp = threadIdx.x / 32 % warps, index = threadIdx.x / 32 / warps, threads = 32 * warps;
+        head = blockIdx.x % size.H;
+        first = blockIdx.x / size.H * groups + index, stride = gridDim.x / size.H * groups;
+    }
+    __device__ __forceinline__ void synchronise() const {
+        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+    }
+};
+
+// All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` and token n on.
+template <int COUNT, int WIDTH, typename T>
+__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, int n, int count,
+                                            const Sizes& size) {
+    for (int f = 0; f < COUNT; f++)
+        copy_rows<RANK>(target + f * RANK, WIDTH, packed + ((i64)(h * slots + first + f) * size.padded + n) * RANK, RANK,
+                        count, size.padded - n, RANK, threadIdx.x, blockDim.x);
+}
