@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import attention_mma, launch
+from . import attention_mma
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BASES = ("fourier", "chebyshev", "radial", "spline")
@@ -118,7 +118,7 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
         v, packed, values, *v.stride()[:3], s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
     )
     config = FORWARD
-    kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]), s.B * s.H)](
+    kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]) * s.B * s.H,)](
         q, k, packed, values, z, out, *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], s.N, s.padded, s.H, scale,
         low, step, **s.function, **s.sizes, **config,
     )
@@ -139,7 +139,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     config = BACKWARD_QUERY
     blocks = math.ceil(s.N / config["BLOCK_M"])
     parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
-    kernels.backward_query_kernel[(blocks, s.B * s.H)](
+    kernels.backward_query_kernel[(blocks * s.B * s.H,)](
         grad, q, k, packed, values, z, dz, parts, dq, *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3],
         *dq.stride()[:3], s.N, s.padded, s.H, scale, low, step, **s.function, **s.sizes, **config,
     )

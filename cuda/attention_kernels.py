@@ -239,9 +239,10 @@ def forward_kernel(Q, K, PACKED, VALUES, Z, OUT, sqb, sqh, sqn, skb, skh, skn, s
                    step, P: tl.constexpr, F: tl.constexpr, ORDER: tl.constexpr, BASIS: tl.constexpr,
                    BASE: tl.constexpr, FAST: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bh = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(N, BLOCK_M)  # One dimension of the grid: the second one ends at 65,535.
+    bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h = bh // H, bh % H
-    m, d, p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, R)
+    m, d, p = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, R)
     q = _tile(Q + b * sqb + h * sqh, m, sqn, d, N, D, BLOCK_D)
     z = tl.zeros([BLOCK_M, R], tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -267,14 +268,15 @@ def backward_query_kernel(GRAD, Q, K, PACKED, VALUES, Z, DZ, PARTS, DQ, sgb, sgh
                           D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                           BLOCK_N: tl.constexpr):
     """dq, dz, and d(W^T V) of the rows of this block, (B, h, blocks, R, d) in float32."""
-    bh = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(N, BLOCK_M)  # One dimension of the grid: the second one ends at 65,535.
+    bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h = bh // H, bh % H
-    m, d, p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, R)
+    m, d, p = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, R)
     grad = _tile(GRAD + b * sgb + h * sgh, m, sgn, d, N, D, BLOCK_D)
     values = _tile(VALUES + bh * R * D, p, D, d, R, D, BLOCK_D)
     z = _tile(Z + bh * N * R, m, R, p, N, R, R)
     part = tl.dot(tl.trans(z), grad, input_precision="ieee")
-    _store(PARTS + (bh * tl.num_programs(0) + tl.program_id(0)) * R * D, p, D, d, part, R, D, BLOCK_D)
+    _store(PARTS + (bh * blocks + block) * R * D, p, D, d, part, R, D, BLOCK_D)
     dz = _scores(grad, values, 1.0).to(values.dtype)
     _store(DZ + bh * N * R, m, R, p, dz, N, R, R)
     q = _tile(Q + b * sqb + h * sqh, m, sqn, d, N, D, BLOCK_D)

@@ -350,7 +350,7 @@ def test_interpreted_operator_writes_all_results_and_nothing_else(monkeypatch):
     "options", [{}, dict(mixed_head=True, universal=True, output_scale="sqrt", karat_blocks="0-1")]
 )
 def test_interpreted_model_is_the_definition(options, monkeypatch):
-    model = timm.create_model("vit_micro_patch8_32_karat", num_classes=10, depth=2, embed_dim=32, **options)
+    model = timm.create_model("vit_micro_patch8_32_karat", num_classes=10, depth=2, embed_dim=32, grid=1, **options)
     images, calls = torch.randn(1, 3, 32, 32), []
     forward = launches.forward
     monkeypatch.setattr(launches, "forward", lambda *args: calls.append(args) or forward(*args))
@@ -465,7 +465,7 @@ def test_interpreted_dtypes_and_empty_batches():
 
 @interpreted
 def test_interpreted_export_takes_the_definition(monkeypatch):
-    model = timm.create_model("vit_micro_patch8_32_karat", num_classes=10, depth=1, embed_dim=32).eval()
+    model = timm.create_model("vit_micro_patch8_32_karat", num_classes=10, depth=1, embed_dim=32, grid=1).eval()
     images = torch.randn(3, 3, 32, 32)
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     assert "kan.attention" not in str(exported.graph)
