@@ -93,8 +93,12 @@ struct Group {
         head = blockIdx.x % size.H;
         first = blockIdx.x / size.H * groups + index, stride = gridDim.x / size.H * groups;
     }
-    __device__ __forceinline__ void synchronise() const {
-        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+    // The threads of the group, or those of all groups.
+    __device__ __forceinline__ void synchronise(bool alone) const {
+        if (alone)
+            asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+        else
+            __syncthreads();
     }
 };
 

@@ -5,6 +5,7 @@ The other cases of kan_basis/attention.py run in Triton (attention_kernels.py), 
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ MATRIX, SIZES = "Pqqq", "iiiiiifff"
 SHARED = 227 << 10  # bytes of shared memory of a block
 GROUP = 5  # warps of a group, at most
 VALUES_CHUNK = 256
-KEY_WARPS = 5
-KEY_CHUNK = 112
+KEY_WARPS = 2
+KEY_CHUNK = 64
 
 
 def takes(*tensors: Tensor, rank: int, features: int) -> bool:
@@ -54,44 +55,62 @@ def _kernel(kind, types, dtype, basis, order, base, features, d, shared, device,
 
 
 @lru_cache(maxsize=4096)
-def _values_kernel(kind, types, dtype, D, chunk, device):
-    file = "attention_forward.cu" if kind == "values" else "attention_backward.cu"
+def _values_kernel(types, dtype, D, chunk, device):
     shared = 2 * (chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
-    return launch.kernel(file, f"attention_{kind}_kernel<{TYPES[dtype]}, {D}>", types, shared, device)
+    return launch.kernel(
+        "attention_backward.cu", f"attention_backward_values_kernel<{TYPES[dtype]}, {D}>", types, shared, device
+    )
 
 
-def _groups(N: int, warps: int, D: int, F: int) -> tuple[int, int, int]:
-    """Warps of a group that takes N rows in as few turns as possible, groups of a block, and tokens of a chunk."""
+class Grid(NamedTuple):
+    blocks: int
+    warps: int  # of a group
+    groups: int  # of a block
+    chunk: int  # tokens
+    row_blocks: int  # blocks of the rows of an image, one for each turn of a group
+    shared: int  # bytes
+
+
+@lru_cache(maxsize=4096)
+def _grid(B: int, H: int, N: int, D: int, slots: int, most: int, extra: int, device: int) -> Grid:
+    """How groups of warps share B images of N rows for each of H heads.
+
+    Args:
+        D: columns of the tokens in shared memory; slots: of the coefficients; extra: rows more for each group.
+        most: warps of a block.
+    """
     tiles = math.ceil(N / 16)
-    of_group = math.ceil(tiles / math.ceil(tiles / GROUP))
-    groups = min(15, warps // of_group)  # the number of named barriers
-    row = 2 * (F * RANK + 8 + groups * (D + 8))
-    chunks = math.ceil(_up(N) / (SHARED // row // 16 * 16))
-    return of_group, groups, _up(math.ceil(N / chunks))
-
-
-def _blocks(B: int, N: int, H: int, of_group: int, groups: int, device: int) -> int:
-    """Blocks of a grid, a multiple of H, so many that all multiprocessors work if there is enough to do."""
-    turns = B * math.ceil(math.ceil(N / 16) / of_group)
+    whole_row = 2 * (slots * RANK + 8)
+    warps = min(GROUP, tiles)
+    groups = min(15, most // warps)  # there are 15 named barriers
+    of_token = whole_row + 2 * groups * (D + 8)
+    chunks = math.ceil(_up(N) / ((SHARED - 2 * groups * extra * (D + 8)) // of_token // 16 * 16))
+    chunk = _up(math.ceil(N / chunks))
+    if chunks > 1:
+        warps, groups = GROUP, most // GROUP
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return H * max(1, min(multiprocessors // H, math.ceil(turns / groups)))
+    blocks = max(1, multiprocessors // H)
+
+    def time(row_blocks: int) -> int:  # in rounds of 16 rows for each warp, and one to begin
+        turns = math.ceil(B * row_blocks / (blocks * groups))
+        return turns * (math.ceil(math.ceil(tiles / row_blocks) / warps) + 1)
+
+    row_blocks = min(range(1, math.ceil(tiles / warps) + 1), key=time)
+    blocks = min(blocks, math.ceil(B * row_blocks / groups))
+    shared = chunk * whole_row + 2 * groups * (chunk + extra) * (D + 8)
+    return Grid(blocks * H, warps, groups, chunk, row_blocks, shared)
 
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
-    F, D, device, padded = packed.shape[1] // 2, _up(d), q.get_device(), packed.shape[2]
-    of_group, groups, chunk = _groups(N, 20, D, F)
-    shared = 2 * chunk * (F * RANK + 8 + groups * (D + 8))
-    kernel = _kernel("forward", MATRIX * 2 + "PP" + SIZES + "i", q.dtype, basis, order, base, F, d, shared, device)
+    F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
+    grid = _grid(B, H, N, D, F + 1, 20, RANK, device)
+    types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
+    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device)
     kernel(
-        _blocks(B, N, H, of_group, groups, device), 32 * of_group * groups, *_matrix(q), *_matrix(k), packed.data_ptr(),
-        z.data_ptr(), B, H, N, d, padded, chunk, scale, low, step, of_group,
-    )
-    chunk = min(VALUES_CHUNK, _up(N))
-    kernel = _values_kernel("values", MATRIX + "PiPP" + MATRIX + SIZES, q.dtype, D, chunk, device)
-    kernel(
-        B * H, 2 * D, *_matrix(v), packed[0, 2 * F].data_ptr(), packed.stride(0), z.data_ptr(), values.data_ptr(),
-        *_matrix(out), B, H, N, d, padded, chunk, scale, low, step,
+        grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
+        values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], grid.chunk, scale, low, step,
+        grid.warps, grid.row_blocks,
     )
 
 
@@ -100,23 +119,22 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
     common, sizes = (q.dtype, basis, order, base, F, d), (B, H, N, d, packed.shape[2])
     dvalues, chunk = torch.empty_like(values), min(VALUES_CHUNK, _up(N))
-    kernel = _values_kernel("backward_values", MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
+    kernel = _values_kernel(MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
     kernel(
         B * H, 2 * D, *_matrix(grad), values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), *sizes, chunk,
         scale, low, step,
     )
-    of_group, groups, chunk = _groups(N, 16, D, F)
-    shared = 2 * chunk * (F * RANK + 8 + groups * (D + 8))
-    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "i", *common, shared, device)
+    grid = _grid(B, H, N, D, F, 16, 0, device)
+    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device)
     kernel(
-        _blocks(B, N, H, of_group, groups, device), 32 * of_group * groups, *_matrix(q), *_matrix(k), packed.data_ptr(),
-        dz.data_ptr(), *_matrix(dq), *sizes, chunk, scale, low, step, of_group,
+        grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
+        *_matrix(dq), *sizes, grid.chunk, scale, low, step, grid.warps, grid.row_blocks,
     )
     key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps = math.ceil(math.ceil(N / 16) / key_blocks)
     chunk = min(KEY_CHUNK, _up(N))
     shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
-    resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    resident = 8 // KEY_WARPS * torch.cuda.get_device_properties(device).multi_processor_count
     images = math.ceil(B / max(1, min(B, resident // (key_blocks * H))))
     number = math.ceil(B / images)
     sums = torch.empty(number, H, F + 1, packed.shape[2], RANK, dtype=torch.float32, device=q.device)
