@@ -81,27 +81,6 @@ __device__ __forceinline__ void add_products(float (*dx)[4], const float (*deriv
     }
 }
 
-// The blocks of a grid share the heads evenly, and the warps of a block form groups, each of which takes rows of an image
-// at a time. All groups of a block hence need the same coefficients, which stay in shared memory.
-struct Group {
-    int warp, index, first, stride, threads;
-    int head;
-
-    __device__ __forceinline__ Group(const Sizes& size, int warps) {
-        const int groups = blockDim.x / 32 / warps;
-        warp = threadIdx.x / 32 % warps, index = threadIdx.x / 32 / warps, threads = 32 * warps;
-        head = blockIdx.x % size.H;
-        first = blockIdx.x / size.H * groups + index, stride = gridDim.x / size.H * groups;
-    }
-    // The threads of the group, or those of all groups.
-    __device__ __forceinline__ void synchronise(bool alone) const {
-        if (alone)
-            asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
-        else
-            __syncthreads();
-    }
-};
-
 // All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` and token n on.
 template <int COUNT, int WIDTH, typename T>
 __device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, int n, int count,
@@ -110,3 +89,72 @@ __device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, i
         copy_rows<RANK>(target + f * RANK, WIDTH, packed + ((i64)(h * slots + first + f) * size.padded + n) * RANK, RANK,
                         count, size.padded - n, RANK, threadIdx.x, blockDim.x);
 }
+
+// A grid shares the heads evenly, and the warps of a block form groups that take turns with the rows of an image, 16 for
+// each warp at a time. All groups of a block need the coefficients of one head, which stay in shared memory if all tokens
+// fit (WHOLE). Otherwise the block is one group, and chunks of tokens pass through two stages.
+template <bool WHOLE, int SLOTS, int WIDTH, typename T>
+struct Group {
+    static constexpr int PACKED = SLOTS * RANK + 8;
+    const Sizes& size;
+    const T* packed;
+    int slots, head, warps, threads, thread, warp, index, first, stride;
+    T *table, *tokens, *extra;
+
+    // `more` rows of each group lie behind its tokens.
+    __device__ __forceinline__ Group(T* shared, const Sizes& size, const T* packed, int slots, int warps, int more)
+        : size(size), packed(packed), slots(slots), head(blockIdx.x % size.H), warps(warps), threads(32 * warps) {
+        thread = threadIdx.x % threads, warp = thread / 32, index = threadIdx.x / threads;
+        stride = gridDim.x / size.H * (blockDim.x / threads);
+        first = blockIdx.x / size.H + index * (gridDim.x / size.H);
+        table = shared;
+        tokens = shared + size.chunk * PACKED + index * (size.chunk + more) * WIDTH;
+        extra = WHOLE ? tokens + size.chunk * WIDTH : shared + 2 * size.chunk * (PACKED + WIDTH);
+    }
+    __device__ __forceinline__ void synchronise() const {
+        if (WHOLE)
+            asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+        else
+            __syncthreads();
+    }
+    // Copies the slots from FIRST on, and those from LAST on if there is another.
+    template <int COUNT, int FIRST, int LAST>
+    __device__ __forceinline__ void copy_table(T* target, int n) const {
+        copy_packed<COUNT, PACKED>(target, packed, head, slots, FIRST, n, size.chunk, size);
+        if (COUNT < SLOTS)
+            copy_packed<SLOTS - COUNT, PACKED>(target + COUNT * RANK, packed, head, slots, LAST, n, size.chunk, size);
+    }
+    template <int D>
+    __device__ __forceinline__ void copy_tokens(T* target, const Matrix<const T>& from, int b, int n) const {
+        copy_rows<D>(target, WIDTH, from.at(b, head, n), from.row, size.chunk, size.N - n, size.d, thread, threads);
+    }
+    __device__ __forceinline__ void wait() const {
+        commit_copies();
+        wait_copies<0>();
+        synchronise();
+    }
+    // Calls use(tokens, table, count) for each chunk of the tokens of `from`. WHOLE: they are there already.
+    template <int D, int COUNT, int FIRST, int LAST, typename Use>
+    __device__ __forceinline__ void for_chunks(const Matrix<const T>& from, int b, Use use) const {
+        if (WHOLE) {
+            use(tokens, table, (size.N + 15) / 16 * 16);
+            return;
+        }
+        const int stage = size.chunk * (PACKED + WIDTH);
+        auto copy = [&](int n, int side) {
+            if (n < size.N) {
+                copy_table<COUNT, FIRST, LAST>(table + side * stage, n);
+                copy_tokens<D>(tokens + side * stage, from, b, n);
+            }
+            commit_copies();
+        };
+        copy(0, 0);
+        for (int n = 0, side = 0; n < size.N; n += size.chunk, side ^= 1) {
+            copy(n + size.chunk, side ^ 1);
+            wait_copies<1>();
+            __syncthreads();
+            use(tokens + side * stage, table + side * stage, min(size.chunk, (size.N - n + 15) / 16 * 16));
+            __syncthreads();
+        }
+    }
+};

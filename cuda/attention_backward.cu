@@ -48,54 +48,41 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
             store_tile(dvalues + (i64)bh * RANK * size.d + warp * 16 + i * 8, size.d, part[i], 1.0f, RANK);
 }
 
-// dq. Grid: a multiple of h. `warps` form a group, and a turn of a group is a block of the rows of one image, 16 for each
-// warp at a time.
-template <typename T, typename BASIS, typename BASE, int F, int D>
+// dq. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of an image.
+template <typename T, typename BASIS, typename BASE, int F, int D, bool WHOLE>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
     Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
-    constexpr int WIDTH = D + 8, PACKED = F * RANK + 8;
-    const Group group(size, warps);
-    const int h = group.head, thread = threadIdx.x % group.threads;
-    const int rows = (size.N + blocks - 1) / blocks, rows_of_block = (rows + 15) / 16 * 16;
-    const bool whole = size.chunk >= size.N;  // the tokens are one chunk
-    T *table = reinterpret_cast<T*>(shared), *keys = table + size.chunk * (PACKED + group.index * WIDTH);
+    constexpr int WIDTH = D + 8;
+    const Group<WHOLE, F, WIDTH, T> group(reinterpret_cast<T*>(shared), size, packed, 2 * F + 1, warps, 0);
+    constexpr int PACKED = group.PACKED;
+    const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
 
-    if (whole) copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, 0, size.chunk, size);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    // With several chunks all groups go over them together, also those that have nothing left to do.
-    for (int turn = group.first; turn - (whole ? 0 : group.index) < size.B * blocks; turn += group.stride) {
-        const bool active = turn < size.B * blocks;
-        const int b = turn / blocks, first = turn % blocks * rows_of_block;
-        const int last = active ? min(size.N, first + rows_of_block) : 0;
-        auto copy_keys = [&](int n) {
-            if (active)
-                copy_rows<D>(keys, WIDTH, k.at(b, h, n), k.row, size.chunk, size.N - n, size.d, thread, group.threads);
-            if (!whole) copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, n, size.chunk, size);
-            commit_copies();
-            wait_copies<0>();
-            group.synchronise(whole);
-        };
-        if (whole) copy_keys(0);
-        for (int m = first + group.warp * 16; m - group.warp * 16 < (whole ? last : first + rows_of_block); m += 16 * warps) {
+    if (WHOLE) {
+        group.template copy_table<F, F, 0>(group.table, 0);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+    }
+    for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
+        const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows);
+        if (WHOLE) {
+            group.template copy_tokens<D>(group.tokens, k, b, 0);
+            group.wait();
+        }
+        for (int m = first + group.warp * 16; m - group.warp * 16 < last; m += 16 * warps) {
             unsigned queries[D / 16][4], grads[1][4];
             float sums[D / 8][4];
             const int left = last - m;
 #pragma unroll
             for (int i = 0; i < D / 2; i++) sums[i / 4][i % 4] = 0;
-            if (active) {
-                load_rows<D>(queries, q.at(b, h, m), q.row, left, size.d);
-                load_rows<16>(grads, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, left, RANK);
-            }
-            for (int start = 0; start < size.N; start += size.chunk) {
-                if (!whole) copy_keys(start);
-                const int count = left > 0 ? min(size.chunk, (size.N - start + 15) / 16 * 16) : 0;
-                for (int n = 0; n < count; n += 16) {
+            load_rows<D>(queries, q.at(b, h, m), q.row, left, size.d);
+            load_rows<16>(grads, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, left, RANK);
+            group.template for_chunks<D, F, F, 0>(k, b, [&](const T* tokens, const T* table, int count) {
+                for (int n = 0; n < (left > 0 ? count : 0); n += 16) {
                     float x[2][4], dx[2][4];
                     unsigned a[4], r[4];
-                    scores<D>(x, queries, keys + n * WIDTH);
+                    scores<D>(x, queries, tokens + n * WIDTH);
                     for_features<BASIS, BASE, F, false, true>(
                         x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
                             float c[2][4];
@@ -106,18 +93,16 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
                     pack_tiles<T>(a, dx);
 #pragma unroll
                     for (int j = 0; j < D / 16; j++) {
-                        load_operand<false, false>(r, keys + n * WIDTH + j * 16, WIDTH);
+                        load_operand<false, false>(r, tokens + n * WIDTH + j * 16, WIDTH);
                         multiply_add<T>(sums + 2 * j, a, r);
                     }
                 }
-                if (!whole) group.synchronise(whole);
-            }
-            if (left > 0)
+            });
 #pragma unroll
-                for (int j = 0; j < D / 16; j++)
-                    store_tiles(dq.at(b, h, m) + j * 16, dq.row, sums + 2 * j, size.scale, left, size.d - j * 16);
+            for (int j = 0; j < D / 16; j++)
+                store_tiles(dq.at(b, h, m) + j * 16, dq.row, sums + 2 * j, size.scale, left, size.d - j * 16);
         }
-        if (whole) group.synchronise(whole);
+        group.synchronise();
     }
 }
 

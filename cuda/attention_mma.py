@@ -21,7 +21,7 @@ SHARED = 227 << 10  # bytes of shared memory of a block
 GROUP = 5  # warps of a group, at most
 VALUES_CHUNK = 256
 KEY_WARPS = 2
-KEY_CHUNK = 64
+KEY_CHUNK = 80
 
 
 def takes(*tensors: Tensor, rank: int, features: int) -> bool:
@@ -69,6 +69,7 @@ class Grid(NamedTuple):
     chunk: int  # tokens
     row_blocks: int  # blocks of the rows of an image, one for each turn of a group
     shared: int  # bytes
+    whole: bool
 
 
 @lru_cache(maxsize=4096)
@@ -79,26 +80,26 @@ def _grid(B: int, H: int, N: int, D: int, slots: int, most: int, extra: int, dev
         D: columns of the tokens in shared memory; slots: of the coefficients; extra: rows more for each group.
         most: warps of a block.
     """
-    tiles = math.ceil(N / 16)
-    whole_row = 2 * (slots * RANK + 8)
+    tiles, chunk = math.ceil(N / 16), _up(N)
+    row, packed_row = 2 * (D + 8), 2 * (slots * RANK + 8)  # bytes
     warps = min(GROUP, tiles)
-    groups = min(15, most // warps)  # there are 15 named barriers
-    of_token = whole_row + 2 * groups * (D + 8)
-    chunks = math.ceil(_up(N) / ((SHARED - 2 * groups * extra * (D + 8)) // of_token // 16 * 16))
-    chunk = _up(math.ceil(N / chunks))
-    if chunks > 1:
-        warps, groups = GROUP, most // GROUP
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = max(1, multiprocessors // H)
+    groups = min(most // warps, (SHARED - chunk * packed_row) // ((chunk + extra) * row), 15)  # named barriers
+    whole = groups > 1 or groups == 1 and tiles <= GROUP
+    if not whole:
+        groups, chunk = 1, min(chunk, (SHARED - extra * row) // (2 * (row + packed_row)) // 16 * 16)
+        warps = min(range(most - 4, most + 1), key=lambda w: (math.ceil(tiles / w), w))
+    blocks = max(1, torch.cuda.get_device_properties(device).multi_processor_count // H)
 
     def time(row_blocks: int) -> int:  # in rounds of 16 rows for each warp, and one to begin
         turns = math.ceil(B * row_blocks / (blocks * groups))
         return turns * (math.ceil(math.ceil(tiles / row_blocks) / warps) + 1)
 
     row_blocks = min(range(1, math.ceil(tiles / warps) + 1), key=time)
-    blocks = min(blocks, math.ceil(B * row_blocks / groups))
-    shared = chunk * whole_row + 2 * groups * (chunk + extra) * (D + 8)
-    return Grid(blocks * H, warps, groups, chunk, row_blocks, shared)
+    blocks = min(blocks, B * row_blocks)
+    shared = chunk * packed_row + groups * (chunk + extra) * row
+    if not whole:
+        shared = 2 * chunk * (packed_row + row) + extra * row
+    return Grid(blocks * H, warps, groups, chunk, row_blocks, shared, whole)
 
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
@@ -106,7 +107,7 @@ def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, bas
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
     grid = _grid(B, H, N, D, F + 1, 20, RANK, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
-    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device)
+    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, f", {str(grid.whole).lower()}")
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
         values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], grid.chunk, scale, low, step,
@@ -125,7 +126,7 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
         scale, low, step,
     )
     grid = _grid(B, H, N, D, F, 16, 0, device)
-    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device)
+    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, f", {str(grid.whole).lower()}")
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
         *_matrix(dq), *sizes, grid.chunk, scale, low, step, grid.warps, grid.row_blocks,
