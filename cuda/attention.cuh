@@ -20,8 +20,6 @@
 #include "features.h"
 #include "mma.cuh"
 
-#define RANK 16
-
 template <typename T>
 struct Matrix {  // (B, h, N, d)
     T* data;
@@ -93,22 +91,22 @@ __device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, i
 // A grid shares the heads evenly, and the warps of a block form groups that take turns with the rows of an image, 16 for
 // each warp at a time. All groups of a block need the coefficients of one head, which stay in shared memory if all tokens
 // fit (WHOLE). Otherwise the block is one group, and chunks of tokens pass through two stages.
-template <bool WHOLE, int SLOTS, int WIDTH, typename T>
+template <bool WHOLE, int F, int D, typename T>
 struct Group {
-    static constexpr int PACKED = SLOTS * RANK + 8;
+    static constexpr int WIDTH = D + 8, PACKED = F * RANK + 8;
     const Sizes& size;
-    const T* packed;
-    int slots, head, warps, threads, thread, warp, index, first, stride;
+    const T* packed;  // from the first slot of the F that are needed
+    int head, warps, threads, thread, warp, index, first, stride;
     T *table, *tokens, *extra;
 
-    // `more` rows of each group lie behind its tokens.
-    __device__ __forceinline__ Group(T* shared, const Sizes& size, const T* packed, int slots, int warps, int more)
-        : size(size), packed(packed), slots(slots), head(blockIdx.x % size.H), warps(warps), threads(32 * warps) {
+    // `more` elements of each group lie behind its tokens, at `extra`.
+    __device__ __forceinline__ Group(T* shared, const Sizes& size, const T* packed, int warps, int more)
+        : size(size), packed(packed), head(blockIdx.x % size.H), warps(warps), threads(32 * warps) {
         thread = threadIdx.x % threads, warp = thread / 32, index = threadIdx.x / threads;
         stride = gridDim.x / size.H * (blockDim.x / threads);
         first = blockIdx.x / size.H + index * (gridDim.x / size.H);
         table = shared;
-        tokens = shared + size.chunk * PACKED + index * (size.chunk + more) * WIDTH;
+        tokens = shared + size.chunk * PACKED + index * (size.chunk * WIDTH + more);
         extra = WHOLE ? tokens + size.chunk * WIDTH : shared + 2 * size.chunk * (PACKED + WIDTH);
     }
     __device__ __forceinline__ void synchronise() const {
@@ -117,25 +115,14 @@ struct Group {
         else
             __syncthreads();
     }
-    // Copies the slots from FIRST on, and those from LAST on if there is another.
-    template <int COUNT, int FIRST, int LAST>
     __device__ __forceinline__ void copy_table(T* target, int n) const {
-        copy_packed<COUNT, PACKED>(target, packed, head, slots, FIRST, n, size.chunk, size);
-        if (COUNT < SLOTS)
-            copy_packed<SLOTS - COUNT, PACKED>(target + COUNT * RANK, packed, head, slots, LAST, n, size.chunk, size);
+        copy_packed<F, PACKED>(target, packed, head, 2 * F + 1, 0, n, size.chunk, size);
     }
-    template <int D>
     __device__ __forceinline__ void copy_tokens(T* target, const Matrix<const T>& from, int b, int n) const {
         copy_rows<D>(target, WIDTH, from.at(b, head, n), from.row, size.chunk, size.N - n, size.d, thread, threads);
     }
-    __device__ __forceinline__ void wait() const {
-        commit_copies();
-        wait_copies<0>();
-        synchronise();
-    }
     // Calls use(tokens, table, count) for each chunk of the tokens of `from`. WHOLE: they are there already.
-    template <int D, int COUNT, int FIRST, int LAST, typename Use>
-    __device__ __forceinline__ void for_chunks(const Matrix<const T>& from, int b, Use use) const {
+    template <typename Use> __device__ __forceinline__ void for_chunks(const Matrix<const T>& from, int b, Use use) const {
         if (WHOLE) {
             use(tokens, table, (size.N + 15) / 16 * 16);
             return;
@@ -143,8 +130,8 @@ struct Group {
         const int stage = size.chunk * (PACKED + WIDTH);
         auto copy = [&](int n, int side) {
             if (n < size.N) {
-                copy_table<COUNT, FIRST, LAST>(table + side * stage, n);
-                copy_tokens<D>(tokens + side * stage, from, b, n);
+                copy_table(table + side * stage, n);
+                copy_tokens(tokens + side * stage, from, b, n);
             }
             commit_copies();
         };

@@ -53,41 +53,52 @@ template <typename T, typename BASIS, typename BASE, int F, int D, bool WHOLE>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
     Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
-    constexpr int WIDTH = D + 8;
-    const Group<WHOLE, F, WIDTH, T> group(reinterpret_cast<T*>(shared), size, packed, 2 * F + 1, warps, 0);
+    constexpr int WIDTH = D + 8, NARROW = RANK + 8;
+    const Group<WHOLE, F, D, T> group(reinterpret_cast<T*>(shared), size, packed + (i64)F * size.padded * RANK, warps,
+                                      16 * warps * (WIDTH + NARROW));
     constexpr int PACKED = group.PACKED;
     const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
+    T *queries = group.extra + 16 * group.warp * (WIDTH + NARROW), *grads = queries + 16 * WIDTH;  // rows of the warp
 
-    if (WHOLE) {
-        group.template copy_table<F, F, 0>(group.table, 0);
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-    }
-    for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
+    if (WHOLE) group.copy_table(group.table, 0);
+    for (int turn = group.first, previous = -1; turn < size.B * blocks; previous = turn, turn += group.stride) {
         const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows);
-        if (WHOLE) {
-            group.template copy_tokens<D>(group.tokens, k, b, 0);
-            group.wait();
-        }
+        auto copy_queries = [&](int m) {
+            copy_rows<D>(queries, WIDTH, q.at(b, h, m), q.row, 16, last - m, size.d, threadIdx.x % 32, 32);
+            copy_rows<RANK>(grads, NARROW, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, 16, last - m, RANK,
+                            threadIdx.x % 32, 32);
+            commit_copies();
+        };
+        if (WHOLE) group.copy_tokens(group.tokens, k, b, 0);
+        copy_queries(first + group.warp * 16);
+        wait_copies<0>();
+        if (WHOLE && previous < 0)
+            __syncthreads();  // all threads have copied the table
+        else
+            group.synchronise();
         for (int m = first + group.warp * 16; m - group.warp * 16 < last; m += 16 * warps) {
-            unsigned queries[D / 16][4], grads[1][4];
+            unsigned operands[D / 16][4], grad[4];
             float sums[D / 8][4];
             const int left = last - m;
 #pragma unroll
             for (int i = 0; i < D / 2; i++) sums[i / 4][i % 4] = 0;
-            load_rows<D>(queries, q.at(b, h, m), q.row, left, size.d);
-            load_rows<16>(grads, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, left, RANK);
-            group.template for_chunks<D, F, F, 0>(k, b, [&](const T* tokens, const T* table, int count) {
+            wait_copies<0>();
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) load_operand<true, true>(operands[j], queries + j * 16, WIDTH);
+            load_operand<true, true>(grad, grads, NARROW);
+            __syncwarp();
+            copy_queries(m + 16 * warps);
+            group.for_chunks(k, b, [&](const T* tokens, const T* table, int count) {
                 for (int n = 0; n < (left > 0 ? count : 0); n += 16) {
                     float x[2][4], dx[2][4];
                     unsigned a[4], r[4];
-                    scores<D>(x, queries, tokens + n * WIDTH);
+                    scores<D>(x, operands, tokens + n * WIDTH);
                     for_features<BASIS, BASE, F, false, true>(
                         x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
                             float c[2][4];
                             load_operand<false, true>(r, table + n * PACKED + f * RANK, PACKED);
-                            multiply<T>(c, grads[0], r);
+                            multiply<T>(c, grad, r);
                             add_products(dx, derivative, c, f == 0);
                         });
                     pack_tiles<T>(a, dx);
@@ -102,6 +113,7 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
             for (int j = 0; j < D / 16; j++)
                 store_tiles(dq.at(b, h, m) + j * 16, dq.row, sums + 2 * j, size.scale, left, size.d - j * 16);
         }
+        wait_copies<0>();
         group.synchronise();
     }
 }

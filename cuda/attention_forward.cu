@@ -9,60 +9,48 @@ __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
     int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8;
-    const Group<WHOLE, F + 1, WIDTH, T> group(reinterpret_cast<T*>(shared), size, packed, 2 * F + 1, warps, RANK);
+    const Group<WHOLE, F, D, T> group(reinterpret_cast<T*>(shared), size, packed, warps, (RANK + 16 * warps) * WIDTH);
     constexpr int PACKED = group.PACKED;
     const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
-    T* projected = group.extra;  // W^T V, (16, D)
+    T *projected = group.extra, *queries = projected + (RANK + 16 * group.warp) * WIDTH;  // W^T V, and rows of the warp
+    const T* w = packed + ((i64)h * (2 * F + 1) + 2 * F) * size.padded * RANK;
 
-    if (WHOLE) {
-        group.template copy_table<F, 0, 2 * F>(group.table, 0);
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-    }
-    for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
+    if (WHOLE) group.copy_table(group.table, 0);
+    for (int turn = group.first, previous = -1; turn < size.B * blocks; previous = turn, turn += group.stride) {
         const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows), bh = b * size.H + h;
-
-        if (WHOLE) {
-            group.template copy_tokens<D>(group.tokens, v, b, 0);
-            group.wait();
+        auto copy_queries = [&](int m) {
+            copy_rows<D>(queries, WIDTH, q.at(b, h, m), q.row, 16, last - m, size.d, threadIdx.x % 32, 32);
+            commit_copies();
+        };
+        if (WHOLE) group.copy_tokens(group.tokens, k, b, 0);
+        copy_queries(first + group.warp * 16);
+        for (int tile = group.warp; tile < D / 16; tile += warps) {  // 16 columns of W^T V
+            float c[2][4] = {};
+            multiply_add_rows<T>(c, w, RANK, v.at(b, h, 0) + tile * 16, v.row, size.N, size.d - tile * 16);
+            store_tile(projected + tile * 16, WIDTH, c[0], 1.0f, RANK);
+            store_tile(projected + tile * 16 + 8, WIDTH, c[1], 1.0f, RANK);
+            if (first == 0)
+                store_tiles(values + (i64)bh * RANK * size.d + tile * 16, size.d, c, 1.0f, RANK, size.d - tile * 16);
         }
-        float c[2][4] = {};
-        for (int tile = group.warp; tile < (WHOLE ? D / 16 : max(D / 16, group.warp + 1)); tile += warps) {
-            group.template for_chunks<D, F, 0, 2 * F>(v, b, [&](const T* tokens, const T* table, int count) {
-                if (tile < D / 16)  // 16 columns of W^T V
-                    for (int n = 0; n < count; n += 16) {
-                        unsigned w[4], r[4];
-                        load_operand<true, false>(w, table + n * PACKED + F * RANK, PACKED);
-                        load_operand<false, false>(r, tokens + n * WIDTH + tile * 16, WIDTH);
-                        multiply_add<T>(c, w, r);
-                    }
-            });
-            if (tile < D / 16)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int column = tile * 16 + i * 8;
-                    store_tile(projected + column, WIDTH, c[i], 1.0f, RANK);
-                    if (first == 0 && column < size.d)
-                        store_tile(values + (i64)bh * RANK * size.d + column, size.d, c[i], 1.0f, RANK);
-#pragma unroll
-                    for (int j = 0; j < 4; j++) c[i][j] = 0;
-                }
-        }
-        group.synchronise();
-        if (WHOLE) {
-            group.template copy_tokens<D>(group.tokens, k, b, 0);
-            group.wait();
-        }
+        wait_copies<0>();
+        if (WHOLE && previous < 0)
+            __syncthreads();  // all threads have copied the table
+        else
+            group.synchronise();
         for (int m = first + group.warp * 16; m - group.warp * 16 < last; m += 16 * warps) {
-            unsigned queries[D / 16][4], a[4], r[4];
+            unsigned operands[D / 16][4], a[4], r[4];
             float sums[2][4] = {};
             const int left = last - m;
-            load_rows<D>(queries, q.at(b, h, m), q.row, left, size.d);
-            group.template for_chunks<D, F, 0, 2 * F>(k, b, [&](const T* tokens, const T* table, int count) {
+            wait_copies<0>();
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) load_operand<true, true>(operands[j], queries + j * 16, WIDTH);
+            __syncwarp();
+            copy_queries(m + 16 * warps);
+            group.for_chunks(k, b, [&](const T* tokens, const T* table, int count) {
                 for (int n = 0; n < (left > 0 ? count : 0); n += 16) {
                     float x[2][4];
-                    scores<D>(x, queries, tokens + n * WIDTH);
+                    scores<D>(x, operands, tokens + n * WIDTH);
                     for_features<BASIS, BASE, F, true, false>(
                         x, size, [&](int f, const float (*value)[4], const float (*)[4]) {
                             load_operand<false, false>(r, table + n * PACKED + f * RANK, PACKED);
@@ -72,8 +60,7 @@ __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
                 }
             });
             pack_tiles<T>(a, sums);
-            T* row = z + ((i64)bh * size.N + m) * RANK;
-            store_tiles(row, RANK, sums, 1.0f, left, RANK);
+            store_tiles(z + ((i64)bh * size.N + m) * RANK, RANK, sums, 1.0f, left, RANK);
 #pragma unroll
             for (int j = 0; j < D / 16; j++) {
                 float o[2][4];
@@ -82,6 +69,7 @@ __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
                 store_tiles(out.at(b, h, m) + j * 16, out.row, o, 1.0f, left, size.d - j * 16);
             }
         }
+        wait_copies<0>();
         group.synchronise();
     }
 }

@@ -73,39 +73,38 @@ class Grid(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _grid(B: int, H: int, N: int, D: int, slots: int, most: int, extra: int, device: int) -> Grid:
+def _grid(B: int, H: int, N: int, D: int, F: int, most: int, extra: int, of_warp: int, device: int) -> Grid:
     """How groups of warps share B images of N rows for each of H heads.
 
     Args:
-        D: columns of the tokens in shared memory; slots: of the coefficients; extra: rows more for each group.
         most: warps of a block.
+        extra, of_warp: bytes of shared memory for each group and each warp, besides the tokens and the coefficients.
     """
     tiles, chunk = math.ceil(N / 16), _up(N)
-    row, packed_row = 2 * (D + 8), 2 * (slots * RANK + 8)  # bytes
+    row, packed_row = 2 * (D + 8), 2 * (F * RANK + 8)  # bytes
     warps = min(GROUP, tiles)
-    groups = min(most // warps, (SHARED - chunk * packed_row) // ((chunk + extra) * row), 15)  # named barriers
-    whole = groups > 1 or groups == 1 and tiles <= GROUP
+    group = chunk * row + extra + warps * of_warp
+    groups = min(most // warps, (SHARED - chunk * packed_row) // group, 15)  # there are 15 named barriers
+    shared, whole = chunk * packed_row + groups * group, groups > 0 and (groups > 1 or tiles <= GROUP)
     if not whole:
-        groups, chunk = 1, min(chunk, (SHARED - extra * row) // (2 * (row + packed_row)) // 16 * 16)
-        warps = min(range(most - 4, most + 1), key=lambda w: (math.ceil(tiles / w), w))
+        warps, groups = min(range(most - 4, most + 1), key=lambda w: (math.ceil(tiles / w), w)), 1
+        extra += warps * of_warp
+        chunk = min(chunk, (SHARED - extra) // (2 * (row + packed_row)) // 16 * 16)
+        shared = 2 * chunk * (row + packed_row) + extra
     blocks = max(1, torch.cuda.get_device_properties(device).multi_processor_count // H)
 
-    def time(row_blocks: int) -> int:  # in rounds of 16 rows for each warp, and one to begin
+    def time(row_blocks: int) -> float:  # in rounds of 16 rows for each warp, and what it takes to begin
         turns = math.ceil(B * row_blocks / (blocks * groups))
-        return turns * (math.ceil(math.ceil(tiles / row_blocks) / warps) + 1)
+        return turns * (math.ceil(math.ceil(tiles / row_blocks) / warps) + 0.3)
 
     row_blocks = min(range(1, math.ceil(tiles / warps) + 1), key=time)
-    blocks = min(blocks, B * row_blocks)
-    shared = chunk * packed_row + groups * (chunk + extra) * row
-    if not whole:
-        shared = 2 * chunk * (packed_row + row) + extra * row
-    return Grid(blocks * H, warps, groups, chunk, row_blocks, shared, whole)
+    return Grid(min(blocks, B * row_blocks) * H, warps, groups, chunk, row_blocks, shared, whole)
 
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
-    grid = _grid(B, H, N, D, F + 1, 20, RANK, device)
+    grid = _grid(B, H, N, D, F, 20, 2 * RANK * (D + 8), 32 * (D + 8), device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
     kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, f", {str(grid.whole).lower()}")
     kernel(
@@ -125,7 +124,7 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
         B * H, 2 * D, *_matrix(grad), values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), *sizes, chunk,
         scale, low, step,
     )
-    grid = _grid(B, H, N, D, F, 16, 0, device)
+    grid = _grid(B, H, N, D, F, 16, 0, 32 * (D + 8 + RANK + 8), device)
     kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, f", {str(grid.whole).lower()}")
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
