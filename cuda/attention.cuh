@@ -20,6 +20,8 @@
 #include "features.h"
 #include "mma.cuh"
 
+#define RANK 16
+
 template <typename T>
 struct Matrix {  // (B, h, N, d)
     T* data;
@@ -79,69 +81,44 @@ __device__ __forceinline__ void add_products(float (*dx)[4], const float (*deriv
     }
 }
 
-// All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` and token n on.
+// All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` on.
 template <int COUNT, int WIDTH, typename T>
-__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, int n, int count,
-                                            const Sizes& size) {
+__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, const Sizes& size) {
     for (int f = 0; f < COUNT; f++)
-        copy_rows<RANK>(target + f * RANK, WIDTH, packed + ((i64)(h * slots + first + f) * size.padded + n) * RANK, RANK,
-                        count, size.padded - n, RANK, threadIdx.x, blockDim.x);
+        copy_rows<RANK>(target + f * RANK, WIDTH, packed + (i64)(h * slots + first + f) * size.padded * RANK, RANK,
+                        size.chunk, size.padded, RANK, threadIdx.x, blockDim.x);
 }
 
 // A grid shares the heads evenly, and the warps of a block form groups that take turns with the rows of an image, 16 for
-// each warp at a time. All groups of a block need the coefficients of one head, which stay in shared memory if all tokens
-// fit (WHOLE). Otherwise the block is one group, and chunks of tokens pass through two stages.
-template <bool WHOLE, int F, int D, typename T>
+// each warp at a time. All groups of a block need the coefficients of one head, which stay in shared memory. A group has
+// all tokens of its image there, and each of its warps the next rows.
+template <int SLOTS, int D, typename T>
 struct Group {
-    static constexpr int WIDTH = D + 8, PACKED = F * RANK + 8;
+    static constexpr int WIDTH = D + 8, PACKED = SLOTS * RANK + 8;
     const Sizes& size;
-    const T* packed;  // from the first slot of the F that are needed
-    int head, warps, threads, thread, warp, index, first, stride;
-    T *table, *tokens, *extra;
+    int head, threads, thread, warp, index, first, stride;
+    T *table, *tokens, *more;
 
-    // `more` elements of each group lie behind its tokens, at `extra`.
-    __device__ __forceinline__ Group(T* shared, const Sizes& size, const T* packed, int warps, int more)
-        : size(size), packed(packed), head(blockIdx.x % size.H), warps(warps), threads(32 * warps) {
+    // `rest` elements of each group lie behind its tokens, at `more`.
+    __device__ __forceinline__ Group(T* shared, const Sizes& size, int warps, int rest)
+        : size(size), head(blockIdx.x % size.H), threads(32 * warps) {
         thread = threadIdx.x % threads, warp = thread / 32, index = threadIdx.x / threads;
         stride = gridDim.x / size.H * (blockDim.x / threads);
         first = blockIdx.x / size.H + index * (gridDim.x / size.H);
         table = shared;
-        tokens = shared + size.chunk * PACKED + index * (size.chunk * WIDTH + more);
-        extra = WHOLE ? tokens + size.chunk * WIDTH : shared + 2 * size.chunk * (PACKED + WIDTH);
+        tokens = shared + size.chunk * PACKED + index * (size.chunk * WIDTH + rest);
+        more = tokens + size.chunk * WIDTH;
     }
-    __device__ __forceinline__ void synchronise() const {
-        if (WHOLE)
-            asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+    __device__ __forceinline__ void copy_tokens(const Matrix<const T>& from, int b) const {
+        copy_rows<D>(tokens, WIDTH, from.at(b, head, 0), from.row, size.chunk, size.N, size.d, thread, threads);
+        commit_copies();
+    }
+    // Waits for the copies of the threads of the group, or of all groups.
+    __device__ __forceinline__ void wait(bool all = false) const {
+        wait_copies<0>();
+        if (all)
+            __syncthreads();
         else
-            __syncthreads();
-    }
-    __device__ __forceinline__ void copy_table(T* target, int n) const {
-        copy_packed<F, PACKED>(target, packed, head, 2 * F + 1, 0, n, size.chunk, size);
-    }
-    __device__ __forceinline__ void copy_tokens(T* target, const Matrix<const T>& from, int b, int n) const {
-        copy_rows<D>(target, WIDTH, from.at(b, head, n), from.row, size.chunk, size.N - n, size.d, thread, threads);
-    }
-    // Calls use(tokens, table, count) for each chunk of the tokens of `from`. WHOLE: they are there already.
-    template <typename Use> __device__ __forceinline__ void for_chunks(const Matrix<const T>& from, int b, Use use) const {
-        if (WHOLE) {
-            use(tokens, table, (size.N + 15) / 16 * 16);
-            return;
-        }
-        const int stage = size.chunk * (PACKED + WIDTH);
-        auto copy = [&](int n, int side) {
-            if (n < size.N) {
-                copy_table(table + side * stage, n);
-                copy_tokens(tokens + side * stage, from, b, n);
-            }
-            commit_copies();
-        };
-        copy(0, 0);
-        for (int n = 0, side = 0; n < size.N; n += size.chunk, side ^= 1) {
-            copy(n + size.chunk, side ^ 1);
-            wait_copies<1>();
-            __syncthreads();
-            use(tokens + side * stage, table + side * stage, min(size.chunk, (size.N - n + 15) / 16 * 16));
-            __syncthreads();
-        }
+            asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
     }
 };

@@ -49,19 +49,19 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
 }
 
 // dq. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of an image.
-template <typename T, typename BASIS, typename BASE, int F, int D, bool WHOLE>
+template <typename T, typename BASIS, typename BASE, int F, int D>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
     Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8, NARROW = RANK + 8;
-    const Group<WHOLE, F, D, T> group(reinterpret_cast<T*>(shared), size, packed + (i64)F * size.padded * RANK, warps,
-                                      16 * warps * (WIDTH + NARROW));
+    const Group<F, D, T> group(reinterpret_cast<T*>(shared), size, warps, 16 * warps * (WIDTH + NARROW));
     constexpr int PACKED = group.PACKED;
     const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
-    T *queries = group.extra + 16 * group.warp * (WIDTH + NARROW), *grads = queries + 16 * WIDTH;  // rows of the warp
+    T *queries = group.more + 16 * group.warp * (WIDTH + NARROW), *grads = queries + 16 * WIDTH;  // rows of the warp
 
-    if (WHOLE) group.copy_table(group.table, 0);
-    for (int turn = group.first, previous = -1; turn < size.B * blocks; previous = turn, turn += group.stride) {
+    copy_packed<F, PACKED>(group.table, packed, h, 2 * F + 1, F, size);
+    if (group.first >= size.B * blocks) group.wait(true);
+    for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
         const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows);
         auto copy_queries = [&](int m) {
             copy_rows<D>(queries, WIDTH, q.at(b, h, m), q.row, 16, last - m, size.d, threadIdx.x % 32, 32);
@@ -69,17 +69,12 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
                             threadIdx.x % 32, 32);
             commit_copies();
         };
-        if (WHOLE) group.copy_tokens(group.tokens, k, b, 0);
+        group.copy_tokens(k, b);
         copy_queries(first + group.warp * 16);
-        wait_copies<0>();
-        if (WHOLE && previous < 0)
-            __syncthreads();  // all threads have copied the table
-        else
-            group.synchronise();
-        for (int m = first + group.warp * 16; m - group.warp * 16 < last; m += 16 * warps) {
+        group.wait(turn == group.first);  // at first for the coefficients, too
+        for (int m = first + group.warp * 16; m < last; m += 16 * warps) {
             unsigned operands[D / 16][4], grad[4];
             float sums[D / 8][4];
-            const int left = last - m;
 #pragma unroll
             for (int i = 0; i < D / 2; i++) sums[i / 4][i % 4] = 0;
             wait_copies<0>();
@@ -89,32 +84,29 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
             load_operand<true, true>(grad, grads, NARROW);
             __syncwarp();
             copy_queries(m + 16 * warps);
-            group.for_chunks(k, b, [&](const T* tokens, const T* table, int count) {
-                for (int n = 0; n < (left > 0 ? count : 0); n += 16) {
-                    float x[2][4], dx[2][4];
-                    unsigned a[4], r[4];
-                    scores<D>(x, operands, tokens + n * WIDTH);
-                    for_features<BASIS, BASE, F, false, true>(
-                        x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
-                            float c[2][4];
-                            load_operand<false, true>(r, table + n * PACKED + f * RANK, PACKED);
-                            multiply<T>(c, grad, r);
-                            add_products(dx, derivative, c, f == 0);
-                        });
-                    pack_tiles<T>(a, dx);
+            for (int n = 0; n < size.N; n += 16) {
+                float x[2][4], dx[2][4];
+                unsigned a[4], r[4];
+                scores<D>(x, operands, group.tokens + n * WIDTH);
+                for_features<BASIS, BASE, F, false, true>(
+                    x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
+                        float c[2][4];
+                        load_operand<false, true>(r, group.table + n * PACKED + f * RANK, PACKED);
+                        multiply<T>(c, grad, r);
+                        add_products(dx, derivative, c, f == 0);
+                    });
+                pack_tiles<T>(a, dx);
 #pragma unroll
-                    for (int j = 0; j < D / 16; j++) {
-                        load_operand<false, false>(r, tokens + n * WIDTH + j * 16, WIDTH);
-                        multiply_add<T>(sums + 2 * j, a, r);
-                    }
+                for (int j = 0; j < D / 16; j++) {
+                    load_operand<false, false>(r, group.tokens + n * WIDTH + j * 16, WIDTH);
+                    multiply_add<T>(sums + 2 * j, a, r);
                 }
-            });
+            }
 #pragma unroll
             for (int j = 0; j < D / 16; j++)
-                store_tiles(dq.at(b, h, m) + j * 16, dq.row, sums + 2 * j, size.scale, left, size.d - j * 16);
+                store_tiles(dq.at(b, h, m) + j * 16, dq.row, sums + 2 * j, size.scale, last - m, size.d - j * 16);
         }
-        wait_copies<0>();
-        group.synchronise();
+        group.wait();
     }
 }
 

@@ -1,75 +1,75 @@
 // Forward kernel of attention by functions that are linear in their coefficients; see attention.cuh.
 #include "attention.cuh"
 
-// z, W^T V and out. Grid: a multiple of h. `warps` form a group, at least D / 16 unless WHOLE. A turn of a group is one of
-// `blocks` blocks of the rows of an image.
-template <typename T, typename BASIS, typename BASE, int F, int D, bool WHOLE>
+// z, W^T V and out. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of
+// an image.
+template <typename T, typename BASIS, typename BASE, int F, int D>
 __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
     Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, const T* packed, T* values, T* z, Matrix<T> out, Sizes size,
     int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8;
-    const Group<WHOLE, F, D, T> group(reinterpret_cast<T*>(shared), size, packed, warps, (RANK + 16 * warps) * WIDTH);
+    const Group<F + 1, D, T> group(reinterpret_cast<T*>(shared), size, warps, (RANK + 16 * warps) * WIDTH);
     constexpr int PACKED = group.PACKED;
     const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
-    T *projected = group.extra, *queries = projected + (RANK + 16 * group.warp) * WIDTH;  // W^T V, and rows of the warp
-    const T* w = packed + ((i64)h * (2 * F + 1) + 2 * F) * size.padded * RANK;
+    T *projected = group.more, *queries = projected + (RANK + 16 * group.warp) * WIDTH;  // W^T V, and rows of the warp
 
-    if (WHOLE) group.copy_table(group.table, 0);
-    for (int turn = group.first, previous = -1; turn < size.B * blocks; previous = turn, turn += group.stride) {
+    copy_packed<F, PACKED>(group.table, packed, h, 2 * F + 1, 0, size);
+    copy_packed<1, PACKED>(group.table + F * RANK, packed, h, 2 * F + 1, 2 * F, size);
+    if (group.first >= size.B * blocks) group.wait(true);
+    for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
         const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows), bh = b * size.H + h;
         auto copy_queries = [&](int m) {
             copy_rows<D>(queries, WIDTH, q.at(b, h, m), q.row, 16, last - m, size.d, threadIdx.x % 32, 32);
             commit_copies();
         };
-        if (WHOLE) group.copy_tokens(group.tokens, k, b, 0);
-        copy_queries(first + group.warp * 16);
+        group.copy_tokens(v, b);
+        group.wait(turn == group.first);  // at first for the coefficients, too
         for (int tile = group.warp; tile < D / 16; tile += warps) {  // 16 columns of W^T V
             float c[2][4] = {};
-            multiply_add_rows<T>(c, w, RANK, v.at(b, h, 0) + tile * 16, v.row, size.N, size.d - tile * 16);
-            store_tile(projected + tile * 16, WIDTH, c[0], 1.0f, RANK);
-            store_tile(projected + tile * 16 + 8, WIDTH, c[1], 1.0f, RANK);
+            for (int n = 0; n < size.N; n += 16) {
+                unsigned w[4], r[4];
+                load_operand<true, false>(w, group.table + n * PACKED + F * RANK, PACKED);
+                load_operand<false, false>(r, group.tokens + n * WIDTH + tile * 16, WIDTH);
+                multiply_add<T>(c, w, r);
+            }
+            store_tiles(projected + tile * 16, WIDTH, c, 1.0f, RANK, 16);
             if (first == 0)
                 store_tiles(values + (i64)bh * RANK * size.d + tile * 16, size.d, c, 1.0f, RANK, size.d - tile * 16);
         }
-        wait_copies<0>();
-        if (WHOLE && previous < 0)
-            __syncthreads();  // all threads have copied the table
-        else
-            group.synchronise();
-        for (int m = first + group.warp * 16; m - group.warp * 16 < last; m += 16 * warps) {
+        group.wait();
+        group.copy_tokens(k, b);
+        copy_queries(first + group.warp * 16);
+        group.wait();
+        for (int m = first + group.warp * 16; m < last; m += 16 * warps) {
             unsigned operands[D / 16][4], a[4], r[4];
             float sums[2][4] = {};
-            const int left = last - m;
             wait_copies<0>();
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < D / 16; j++) load_operand<true, true>(operands[j], queries + j * 16, WIDTH);
             __syncwarp();
             copy_queries(m + 16 * warps);
-            group.for_chunks(k, b, [&](const T* tokens, const T* table, int count) {
-                for (int n = 0; n < (left > 0 ? count : 0); n += 16) {
-                    float x[2][4];
-                    scores<D>(x, operands, tokens + n * WIDTH);
-                    for_features<BASIS, BASE, F, true, false>(
-                        x, size, [&](int f, const float (*value)[4], const float (*)[4]) {
-                            load_operand<false, false>(r, table + n * PACKED + f * RANK, PACKED);
-                            pack_tiles<T>(a, value);
-                            multiply_add<T>(sums, a, r);
-                        });
-                }
-            });
+            for (int n = 0; n < size.N; n += 16) {
+                float x[2][4];
+                scores<D>(x, operands, group.tokens + n * WIDTH);
+                for_features<BASIS, BASE, F, true, false>(
+                    x, size, [&](int f, const float (*value)[4], const float (*)[4]) {
+                        load_operand<false, false>(r, group.table + n * PACKED + f * RANK, PACKED);
+                        pack_tiles<T>(a, value);
+                        multiply_add<T>(sums, a, r);
+                    });
+            }
             pack_tiles<T>(a, sums);
-            store_tiles(z + ((i64)bh * size.N + m) * RANK, RANK, sums, 1.0f, left, RANK);
+            store_tiles(z + ((i64)bh * size.N + m) * RANK, RANK, sums, 1.0f, last - m, RANK);
 #pragma unroll
             for (int j = 0; j < D / 16; j++) {
                 float o[2][4];
                 load_operand<false, false>(r, projected + j * 16, WIDTH);
                 multiply<T>(o, a, r);
-                store_tiles(out.at(b, h, m) + j * 16, out.row, o, 1.0f, left, size.d - j * 16);
+                store_tiles(out.at(b, h, m) + j * 16, out.row, o, 1.0f, last - m, size.d - j * 16);
             }
         }
-        wait_copies<0>();
-        group.synchronise();
+        group.wait();
     }
 }

@@ -4,7 +4,7 @@ The other cases of kan_basis/attention.py run in Triton (attention_kernels.py), 
 """
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,11 +15,9 @@ from . import launch
 TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 BASIS = {"fourier": "Fourier", "chebyshev": "Chebyshev", "radial": "Radial"}
 BASE = {"": "Zero", "identity": "Identity", "relu": "Relu", "silu": "Silu", "gelu": "Gelu"}
-RANK, MAX_FEATURES, MAX_CHANNELS = 16, 8, 64
+RANK, MAX_FEATURES, MAX_CHANNELS, MAX_TOKENS = 16, 8, 64, 272
 MATRIX, SIZES = "Pqqq", "iiiiiifff"
-SHARED = 227 << 10  # bytes of shared memory of a block
 GROUP = 5  # warps of a group, at most
-VALUES_CHUNK = 256
 KEY_WARPS = 2
 KEY_CHUNK = 80
 
@@ -34,12 +32,20 @@ def takes(*tensors: Tensor, rank: int, features: int) -> bool:
         and features <= MAX_FEATURES
         and q.shape[-1] <= MAX_CHANNELS
         and q.shape[-1] % 8 == 0
+        and q.shape[-2] <= MAX_TOKENS
         and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:3]) for t in tensors)
     )
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), *t.stride()[:3]
+
+
+@cache
+def _gpu(device: int) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def _up(size: int, unit: int = 16) -> int:
@@ -66,50 +72,43 @@ class Grid(NamedTuple):
     blocks: int
     warps: int  # of a group
     groups: int  # of a block
-    chunk: int  # tokens
     row_blocks: int  # blocks of the rows of an image, one for each turn of a group
     shared: int  # bytes
-    whole: bool
 
 
 @lru_cache(maxsize=4096)
-def _grid(B: int, H: int, N: int, D: int, F: int, most: int, extra: int, of_warp: int, device: int) -> Grid:
+def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp: int, device: int) -> Grid:
     """How groups of warps share B images of N rows for each of H heads.
 
     Args:
         most: warps of a block.
-        extra, of_warp: bytes of shared memory for each group and each warp, besides the tokens and the coefficients.
+        table, of_group, of_warp: bytes of shared memory for the coefficients, each group and each warp.
     """
-    tiles, chunk = math.ceil(N / 16), _up(N)
-    row, packed_row = 2 * (D + 8), 2 * (F * RANK + 8)  # bytes
+    (multiprocessors, shared), tiles = _gpu(device), math.ceil(N / 16)
     warps = min(GROUP, tiles)
-    group = chunk * row + extra + warps * of_warp
-    groups = min(most // warps, (SHARED - chunk * packed_row) // group, 15)  # there are 15 named barriers
-    shared, whole = chunk * packed_row + groups * group, groups > 0 and (groups > 1 or tiles <= GROUP)
-    if not whole:
-        warps, groups = min(range(most - 4, most + 1), key=lambda w: (math.ceil(tiles / w), w)), 1
-        extra += warps * of_warp
-        chunk = min(chunk, (SHARED - extra) // (2 * (row + packed_row)) // 16 * 16)
-        shared = 2 * chunk * (row + packed_row) + extra
-    blocks = max(1, torch.cuda.get_device_properties(device).multi_processor_count // H)
+    of_group += warps * of_warp
+    groups = min(most // warps, (shared - table) // of_group, 15)  # there are 15 named barriers
+    blocks = max(1, multiprocessors // H)
 
     def time(row_blocks: int) -> float:  # in rounds of 16 rows for each warp, and what it takes to begin
         turns = math.ceil(B * row_blocks / (blocks * groups))
         return turns * (math.ceil(math.ceil(tiles / row_blocks) / warps) + 0.3)
 
     row_blocks = min(range(1, math.ceil(tiles / warps) + 1), key=time)
-    return Grid(min(blocks, B * row_blocks) * H, warps, groups, chunk, row_blocks, shared, whole)
+    return Grid(min(blocks, B * row_blocks) * H, warps, groups, row_blocks, table + groups * of_group)
 
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
-    grid = _grid(B, H, N, D, F, 20, 2 * RANK * (D + 8), 32 * (D + 8), device)
+    chunk, row = _up(N), 2 * (D + 8)
+    table = 2 * chunk * ((F + 1) * RANK + 8)
+    grid = _grid(B, H, N, table, 20, (chunk + RANK) * row, 16 * row, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
-    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, f", {str(grid.whole).lower()}")
+    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device)
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
-        values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], grid.chunk, scale, low, step,
+        values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
         grid.warps, grid.row_blocks,
     )
 
@@ -118,23 +117,25 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
     B, H, N, d = q.shape
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
     common, sizes = (q.dtype, basis, order, base, F, d), (B, H, N, d, packed.shape[2])
-    dvalues, chunk = torch.empty_like(values), min(VALUES_CHUNK, _up(N))
+    dvalues, chunk = torch.empty_like(values), _up(N)
     kernel = _values_kernel(MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
     kernel(
         B * H, 2 * D, *_matrix(grad), values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), *sizes, chunk,
         scale, low, step,
     )
-    grid = _grid(B, H, N, D, F, 16, 0, 32 * (D + 8 + RANK + 8), device)
-    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, f", {str(grid.whole).lower()}")
+    chunk, row = _up(N), 2 * (D + 8)
+    table = 2 * chunk * (F * RANK + 8)
+    grid = _grid(B, H, N, table, 16, chunk * row, 16 * (row + 2 * (RANK + 8)), device)
+    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device)
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
-        *_matrix(dq), *sizes, grid.chunk, scale, low, step, grid.warps, grid.row_blocks,
+        *_matrix(dq), *sizes, chunk, scale, low, step, grid.warps, grid.row_blocks,
     )
     key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps = math.ceil(math.ceil(N / 16) / key_blocks)
     chunk = min(KEY_CHUNK, _up(N))
     shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
-    resident = 8 // KEY_WARPS * torch.cuda.get_device_properties(device).multi_processor_count
+    resident = 8 // KEY_WARPS * _gpu(device)[0]
     images = math.ceil(B / max(1, min(B, resident // (key_blocks * H))))
     number = math.ceil(B / images)
     sums = torch.empty(number, H, F + 1, packed.shape[2], RANK, dtype=torch.float32, device=q.device)

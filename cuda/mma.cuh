@@ -5,8 +5,6 @@
 #pragma once
 #include "common.cuh"
 
-#define RANK 16
-
 template <typename T> __device__ __forceinline__ unsigned pack(float low, float high);
 template <> __device__ __forceinline__ unsigned pack<__nv_bfloat16>(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -79,36 +77,6 @@ __device__ __forceinline__ void load_rows(unsigned (*a)[4], const T* source, i64
             const bool in = row < rows && column < columns;
             a[k][i] = in ? __ldg(reinterpret_cast<const unsigned*>(source + row * stride + column)) : 0;
         }
-}
-
-// A tile of 8 x 8 elements, of which a lane has two neighbours in row g, transposed.
-__device__ __forceinline__ unsigned transpose(unsigned r) {
-    unsigned result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(r));
-    return result;
-}
-
-// c += a^T b for `rows` rows of a (16 columns) and b (up to 16 columns) in device memory; 0 beyond `columns` of b.
-template <typename T>
-__device__ __forceinline__ void multiply_add_rows(float (*c)[4], const T* a, i64 a_stride, const T* b, i64 b_stride, int rows,
-                                                  int columns) {
-    constexpr int AHEAD = 4;  // tiles of 16 rows that are loaded at a time
-    for (int start = 0; start < rows; start += 16 * AHEAD) {
-        unsigned left[AHEAD][1][4], right[AHEAD][1][4];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int row = start + 16 * i;
-            load_rows<16>(left[i], a + row * a_stride, a_stride, rows - row, RANK);
-            load_rows<16>(right[i], b + row * b_stride, b_stride, rows - row, columns);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            unsigned x[4], y[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) x[j] = transpose(left[i][0][j / 2 + j % 2 * 2]), y[j] = transpose(right[i][0][j]);
-            multiply_add<T>(c, x, y);
-        }
-    }
 }
 
 // Two neighbouring elements of each of two rows, g and g + 8, of a tile of sums.
