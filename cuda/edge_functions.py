@@ -31,8 +31,6 @@ HAT = tl.constexpr(2 / (math.sqrt(3) * math.pi**0.25))
 HALF_LOG2E = tl.constexpr(0.5 / math.log(2))
 PI = tl.constexpr(math.pi)
 
-RATIONAL = ("rational_A", "rational_B")
-WAVELETS = ("mexican_hat", "morlet", "dog", "dog_wavkan", "meyer", "meyer_wavkan", "shannon")
 
 
 @triton.jit

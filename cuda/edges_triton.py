@@ -31,10 +31,11 @@ from torch import Tensor
 from .edge_functions import gradient, pack, unpack, value
 
 OUTPUTS = 4
-# (rows of a program, warps) forward; (columns of a program, warps, rows in one step) backward
-FORWARD = (512, 2)
-BACKWARD = (32, 1, 2)
+FORWARD = 256, 2  # rows of a program, warps
+# Columns of a program, warps, rows in one step. A rational function needs so many registers that two rows fit.
+BACKWARD = {"wavelet": (32, 1, 4), "rational": (32, 1, 2)}
 PROGRAMS = 12  # of the backward kernel on a multiprocessor
+OPTIONS = {"enable_fp_fusion": True}  # products and sums are fused, whatever the default of the version
 
 
 class Function(NamedTuple):
@@ -48,6 +49,10 @@ class Function(NamedTuple):
     def count(self) -> int:
         """P, which is K, too."""
         return self.m + 1 + self.n if self.name.startswith("rational") else 3
+
+
+def backward_config(function: Function) -> tuple[int, int, int]:
+    return BACKWARD["rational" if function.name.startswith("rational") else "wavelet"]
 
 
 @triton.jit
@@ -290,7 +295,7 @@ def packed(theta: Tensor, function: Function) -> Tensor:
     h, r, N, _ = theta.shape
     c = torch.empty(h, N, function.count, padded(r), dtype=torch.float32, device=theta.device)
     grid = (triton.cdiv(h * N * padded(r), 128),)
-    pack_kernel[grid](theta, c, h, N, r, padded(r), *function, function.count, 128)
+    pack_kernel[grid](theta, c, h, N, r, padded(r), *function, function.count, 128, **OPTIONS)
     return c
 
 
@@ -300,57 +305,59 @@ def forward(x: Tensor, c: Tensor, z: Tensor, scale: float, function: Function, c
     (B, h, N, M), r, R = x.shape, z.shape[-1], c.shape[-1]
     grid = triton.cdiv(B * M, block) * (R // OUTPUTS), h
     forward_kernel[grid](
-        x, c, z, scale, B * M, M, N, h, r, R, *function, function.count, block, OUTPUTS, num_warps=warps
+        x, c, z, scale, B * M, M, N, h, r, R, *function, function.count, block, OUTPUTS, num_warps=warps, **OPTIONS
     )
 
 
 class Split(NamedTuple):
-    """How the programs of the backward kernel share B images of M rows."""
+    """How the programs of the backward kernel share the images and the M rows of each."""
 
     images: int  # of a program
     rows: int  # of a program in each of its images
     parts: int  # of an image
-    count: int  # of programs
 
 
-def split_rows(B: int, M: int, columns: int, multiprocessors: int, config=None) -> Split:
-    target = max(1, PROGRAMS * multiprocessors // triton.cdiv(columns, (config or BACKWARD)[0]))
+def split_rows(B: int, M: int, blocks: int, multiprocessors: int) -> Split:
+    """`blocks`: programs that have the same rows."""
+    target = max(1, PROGRAMS * multiprocessors // blocks)
     images = triton.cdiv(B, target)
-    groups = triton.cdiv(B, images)
-    rows = max(triton.cdiv(M, max(1, target // groups)), min(M, 16))
-    parts = triton.cdiv(M, rows)
-    return Split(images, rows, parts, groups * parts)
+    rows = max(triton.cdiv(M, max(1, target // triton.cdiv(B, images))), min(M, 16))
+    return Split(images, rows, triton.cdiv(M, rows))
 
 
-def backward(
-    g: Tensor,
-    x: Tensor,
-    c: Tensor,
-    dx: Tensor,
-    scratch: Tensor,
-    partials: Tensor,
-    scale: float,
-    function: Function,
-    split: Split,
-    accumulate: bool,
-    config=None,
-) -> None:
-    """dx (B, h, M, N) and partials (splits, K, R, h N) of g (B, h, M, r) and x (B, h, M, N), all contiguous.
+class Sums:
+    """The backward pass for one theta (h, r, N, P) of one or more chunks of at most B images with M rows each."""
 
-    `scratch` is like dx in float32, and may be dx. The sums that are in `partials` are kept with `accumulate`.
-    """
-    block, warps, step = config or BACKWARD
-    (B, h, M, N), r, R = x.shape, g.shape[-1], c.shape[-1]
-    grid = triton.cdiv(h * N, block), split.count
-    numbers = scale, B, M, h, *split[:3]
-    constants = N, r, R, *function, function.count, block, step, OUTPUTS, accumulate
-    backward_kernel[grid](g, x, c, scratch, dx, partials, *numbers, *constants, num_warps=warps)
+    def __init__(
+        self, theta: Tensor, function: Function, B: int, M: int, multiprocessors: int, config=None
+    ) -> None:
+        h, _, N, _ = theta.shape
+        self.theta, self.function, self.config = theta, function, config or backward_config(function)
+        self.c, self.accumulate = packed(theta, function), False
+        self.split = split_rows(B, M, triton.cdiv(h * N, self.config[0]), multiprocessors)
+        splits = triton.cdiv(B, self.split.images) * self.split.parts
+        self.partials = torch.empty(
+            splits, function.count, self.c.shape[-1], h * N, dtype=torch.float32, device=theta.device
+        )
 
+    def backward(self, g: Tensor, x: Tensor, dx: Tensor, scratch: Tensor, scale: float) -> None:
+        """dx (B, h, M, N) of g (B, h, M, r) and x (B, h, M, N) of a chunk, the largest one first; all contiguous.
 
-def finish(partials: Tensor, theta: Tensor, function: Function) -> Tensor:
-    h, r, N, _ = theta.shape
-    dtheta, block, step = torch.empty_like(theta), 32, 32
-    grid = triton.cdiv(h * N, block), r
-    constants = r, padded(r), *function, function.count, block, step
-    finish_kernel[grid](partials, theta, dtheta, partials.shape[0], h, N, *constants)
-    return dtheta
+        `scratch` has at least as many elements, in float32. It may be dx.
+        """
+        block, warps, step = self.config
+        (B, h, M, N), r, R = x.shape, g.shape[-1], self.c.shape[-1]
+        grid = triton.cdiv(h * N, block), triton.cdiv(B, self.split.images) * self.split.parts
+        tensors, numbers = (g, x, self.c, scratch, dx, self.partials), (scale, B, M, h, *self.split)
+        constants = N, r, R, *self.function, self.function.count, block, step, OUTPUTS, self.accumulate
+        backward_kernel[grid](*tensors, *numbers, *constants, num_warps=warps, **OPTIONS)
+        self.accumulate = True
+
+    def finish(self) -> Tensor:
+        """The gradient of theta."""
+        h, r, N, K = self.theta.shape
+        dtheta, block, step = torch.empty_like(self.theta), 32, 32
+        grid = triton.cdiv(h * N, block), r
+        constants = r, self.c.shape[-1], *self.function, K, block, step
+        finish_kernel[grid](self.partials, self.theta, dtheta, len(self.partials), h, N, *constants, **OPTIONS)
+        return dtheta
