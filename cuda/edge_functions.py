@@ -32,7 +32,6 @@ HALF_LOG2E = tl.constexpr(0.5 / math.log(2))
 PI = tl.constexpr(math.pi)
 
 
-
 @triton.jit
 def _reciprocal(x):
     if APPROXIMATE:
@@ -234,7 +233,9 @@ def _wave(u, FUNCTION: tl.constexpr, SLOPE: tl.constexpr):
         psi = sinc * window
         if SLOPE:
             # The derivative of the series, and (cos(u) - sinc(u)) / u.
-            ds = u * (-1 / 3) * (1.0 - t * (1 / 10) * (1.0 - t * (1 / 28) * (1.0 - t * (1 / 54) * (1.0 - t * (1 / 88)))))
+            ds = (
+                u * (-1 / 3) * (1.0 - t * (1 / 10) * (1.0 - t * (1 / 28) * (1.0 - t * (1 / 54) * (1.0 - t * (1 / 88)))))
+            )
             ds = tl.where(near, ds, (_cos(u) - sinc) * inverse)
             dw = tl.where(v <= 8.0, (-0.46 * PI / 8) * _sin(a), 0.0)
             slope = ds * window + sinc * dw

@@ -70,9 +70,9 @@ def refusal(dtype: torch.dtype, function: str, m: int, n: int, coefficients: int
 
 
 @cache
-def _kernels():
-    """The kernels and their launches. Triton is imported here."""
-    return importlib.import_module(".edges_triton", __package__)
+def _launch():
+    """The module that launches the kernels. Triton is imported here."""
+    return importlib.import_module(".edges_launch", __package__)
 
 
 @cache
@@ -96,38 +96,36 @@ def forward(x: Tensor, theta: Tensor, function: str, m: int, n: int) -> Tensor:
     z = x.new_empty(h, M, r)
     if x.numel() == 0:
         return z.zero_()
-    triton, phi = _kernels(), _kernels().Function(function, m, n)
+    launch, phi = _launch(), _launch().Function(function, m, n)
     with _on(x):
-        c = triton.packed(theta.contiguous(), phi)
-        triton.forward(x.mT.contiguous()[None], c, z[None], 1.0, phi)
+        c = launch.packed(theta.contiguous(), phi)
+        launch.forward(x.mT.contiguous()[None], c, z[None], 1.0, phi)
     return z
 
 
 def backward(grad: Tensor, x: Tensor, theta: Tensor, function: str, m: int, n: int) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format), _zeros(theta)
-    triton, phi = _kernels(), _kernels().Function(function, m, n)
+    launch, phi = _launch(), _launch().Function(function, m, n)
     x, theta, grad = x.contiguous(), theta.contiguous(), grad.contiguous()
     dx = torch.empty_like(x)
     with _on(x):
-        sums = triton.Sums(theta, phi, 1, x.shape[1], _multiprocessors(x.device))
+        sums = launch.Sums(theta, phi, 1, x.shape[1], _multiprocessors(x.device))
         sums.backward(grad[None], x[None], dx[None], dx[None], 1.0)
         return dx, sums.finish()
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, theta: Tensor, scale: float, function: str, m: int, n: int
-) -> Tensor:
+def attention_forward(q: Tensor, k: Tensor, theta: Tensor, scale: float, function: str, m: int, n: int) -> Tensor:
     z = q.new_empty(*q.shape[:3], theta.shape[1], dtype=torch.float32)
     if z.numel() == 0 or k.numel() == 0:
         return z.zero_()
-    triton, phi = _kernels(), _kernels().Function(function, m, n)
+    launch, phi = _launch(), _launch().Function(function, m, n)
     size = _images(q, k)
     with _on(q):
-        c = triton.packed(theta.contiguous(), phi)
+        c = launch.packed(theta.contiguous(), phi)
         for i in range(0, len(q), size):
             scores = _product(_matrices(k[i : i + size]), _matrices(q[i : i + size]))
-            triton.forward(scores.unflatten(0, (-1, q.shape[1])), c, z[i : i + size], scale, phi)
+            launch.forward(scores.unflatten(0, (-1, q.shape[1])), c, z[i : i + size], scale, phi)
             del scores  # so that the next ones take its memory
     return z
 
@@ -138,10 +136,10 @@ def attention_backward(
     dq, dk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), _zeros(theta)
-    triton, phi = _kernels(), _kernels().Function(function, m, n)
+    launch, phi = _launch(), _launch().Function(function, m, n)
     theta, grad, size, half, scratch = theta.contiguous(), grad.contiguous(), _images(q, k), q.dtype in _HALF, None
     with _on(q):
-        sums = triton.Sums(theta, phi, size, q.shape[2], _multiprocessors(q.device))
+        sums = launch.Sums(theta, phi, size, q.shape[2], _multiprocessors(q.device))
         for i in range(0, len(q), size):
             images = slice(i, i + size)
             qi, ki = _matrices(q[images]), _matrices(k[images])

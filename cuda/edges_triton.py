@@ -8,9 +8,9 @@ Shapes: x (B, h, M, N), z and g (B, h, M, r), theta (h, r, N, P). The functions 
 Types: x and z float32, dx float32 or half precision, all arithmetic float32.
 
 pack      theta as c (h, N, K, R), R: r filled up with functions that are 0 to a multiple of OUTPUTS = 4.
-forward   x as (B, h, N, M), so that the threads of a warp read neighbouring rows. A program has BLOCK rows and 4 outputs
-          of a head and goes through all q. A thread has all 4 outputs of its rows: one load of x serves 4 edges, and
-          one load of 4 coefficients serves all rows of the thread.
+forward   x as (B, h, N, M), so that the threads of a warp read neighbouring rows. A program has BLOCK rows and 4
+          outputs of a head and goes through all q. A thread has all 4 outputs of its rows: one load of x serves 4
+          edges, and one load of 4 coefficients serves all rows of the thread.
 backward  x as (B, h, M, N). A program has BLOCK columns (head, q), 4 outputs at a time, and a share of the rows. A
           thread has the coefficients and the sums of 4 edges in registers. dx is summed over the groups of 4 outputs in
           memory, by the thread that wrote it. The sums go to partials (splits, K, R, h N).
@@ -21,38 +21,10 @@ Determinism: there are no atomics. Every sum has a fixed order for given shapes 
 Source: Kolmogorov-Arnold attention (arXiv:2503.10632).
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .edge_functions import gradient, pack, unpack, value
-
-OUTPUTS = 4
-FORWARD = 256, 2  # rows of a program, warps
-# Columns of a program, warps, rows in one step. A rational function needs so many registers that two rows fit.
-BACKWARD = {"wavelet": (32, 1, 4), "rational": (32, 1, 2)}
-PROGRAMS = 12  # of the backward kernel on a multiprocessor
-OPTIONS = {"enable_fp_fusion": True}  # products and sums are fused, whatever the default of the version
-
-
-class Function(NamedTuple):
-    """A family of functions as the kernels know it: its name, and the degrees of a rational function."""
-
-    name: str
-    m: int = 0
-    n: int = 0
-
-    @property
-    def count(self) -> int:
-        """P, which is K, too."""
-        return self.m + 1 + self.n if self.name.startswith("rational") else 3
-
-
-def backward_config(function: Function) -> tuple[int, int, int]:
-    return BACKWARD["rational" if function.name.startswith("rational") else "wavelet"]
 
 
 @triton.jit
@@ -284,80 +256,3 @@ def finish_kernel(
     gradients = unpack(sums, raw, FUNCTION, m, n)
     for k in tl.static_range(K):
         tl.store(dtheta + function + k, gradients[k].to(dtheta.dtype.element_ty), mask=valid)
-
-
-def padded(r: int) -> int:
-    return triton.cdiv(r, OUTPUTS) * OUTPUTS
-
-
-def packed(theta: Tensor, function: Function) -> Tensor:
-    """c (h, N, K, R) of theta (h, r, N, P), contiguous."""
-    h, r, N, _ = theta.shape
-    c = torch.empty(h, N, function.count, padded(r), dtype=torch.float32, device=theta.device)
-    grid = (triton.cdiv(h * N * padded(r), 128),)
-    pack_kernel[grid](theta, c, h, N, r, padded(r), *function, function.count, 128, **OPTIONS)
-    return c
-
-
-def forward(x: Tensor, c: Tensor, z: Tensor, scale: float, function: Function, config=None) -> None:
-    """z (B, h, M, r) of x (B, h, N, M), both contiguous."""
-    block, warps = config or FORWARD
-    (B, h, N, M), r, R = x.shape, z.shape[-1], c.shape[-1]
-    grid = triton.cdiv(B * M, block) * (R // OUTPUTS), h
-    forward_kernel[grid](
-        x, c, z, scale, B * M, M, N, h, r, R, *function, function.count, block, OUTPUTS, num_warps=warps, **OPTIONS
-    )
-
-
-class Split(NamedTuple):
-    """How the programs of the backward kernel share the images and the M rows of each."""
-
-    images: int  # of a program
-    rows: int  # of a program in each of its images
-    parts: int  # of an image
-
-
-def split_rows(B: int, M: int, blocks: int, multiprocessors: int) -> Split:
-    """`blocks`: programs that have the same rows."""
-    target = max(1, PROGRAMS * multiprocessors // blocks)
-    images = triton.cdiv(B, target)
-    rows = max(triton.cdiv(M, max(1, target // triton.cdiv(B, images))), min(M, 16))
-    return Split(images, rows, triton.cdiv(M, rows))
-
-
-class Sums:
-    """The backward pass for one theta (h, r, N, P) of one or more chunks of at most B images with M rows each."""
-
-    def __init__(
-        self, theta: Tensor, function: Function, B: int, M: int, multiprocessors: int, config=None
-    ) -> None:
-        h, _, N, _ = theta.shape
-        self.theta, self.function, self.config = theta, function, config or backward_config(function)
-        self.c, self.accumulate = packed(theta, function), False
-        self.split = split_rows(B, M, triton.cdiv(h * N, self.config[0]), multiprocessors)
-        splits = triton.cdiv(B, self.split.images) * self.split.parts
-        self.partials = torch.empty(
-            splits, function.count, self.c.shape[-1], h * N, dtype=torch.float32, device=theta.device
-        )
-
-    def backward(self, g: Tensor, x: Tensor, dx: Tensor, scratch: Tensor, scale: float) -> None:
-        """dx (B, h, M, N) of g (B, h, M, r) and x (B, h, M, N) of a chunk, the largest one first; all contiguous.
-
-        `scratch` has at least as many elements, in float32. It may be dx.
-        """
-        block, warps, step = self.config
-        (B, h, M, N), r, R = x.shape, g.shape[-1], self.c.shape[-1]
-        grid = triton.cdiv(h * N, block), triton.cdiv(B, self.split.images) * self.split.parts
-        tensors, numbers = (g, x, self.c, scratch, dx, self.partials), (scale, B, M, h, *self.split)
-        constants = N, r, R, *self.function, self.function.count, block, step, OUTPUTS, self.accumulate
-        backward_kernel[grid](*tensors, *numbers, *constants, num_warps=warps, **OPTIONS)
-        self.accumulate = True
-
-    def finish(self) -> Tensor:
-        """The gradient of theta."""
-        h, r, N, K = self.theta.shape
-        dtheta, block, step = torch.empty_like(self.theta), 32, 32
-        grid = triton.cdiv(h * N, block), r
-        constants = r, self.c.shape[-1], *self.function, K, block, step
-        finish_kernel[grid](self.partials, self.theta, dtheta, len(self.partials), h, N, *constants, **OPTIONS)
-        return dtheta

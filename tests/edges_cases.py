@@ -96,17 +96,17 @@ class Guarded:
 
 def by_kernels(basis: Basis, g: Tensor, x: Tensor, theta: Tensor, scale: float, dtype=torch.float32, config=None):
     """z, dx and dtheta by the kernels, images in two chunks, with guarded outputs."""
-    from cuda import edges_triton as triton
+    from cuda import edges_launch as launch
 
-    phi, (B, h, M, N), r, device = triton.Function(*basis.edge_function), x.shape, theta.shape[1], x.device
+    phi, (B, h, M, N), r, device = launch.Function(*basis.edge_function), x.shape, theta.shape[1], x.device
     z, dx = Guarded(B, h, M, r, device=device), Guarded(B, h, M, N, dtype=dtype, device=device)
     size = (B + 1) // 2
-    totals = triton.Sums(theta, phi, size, M, 4, config)
+    totals = launch.Sums(theta, phi, size, M, 4, config)
     partials = Guarded(*totals.partials.shape, device=device)
     scratch, totals.partials = Guarded(size, h, M, N, device=device), partials.tensor
     for i in range(0, B, size):
         part = slice(i, i + size)
-        triton.forward(x[part].mT.contiguous(), totals.c, z.tensor[part], scale, phi)
+        launch.forward(x[part].mT.contiguous(), totals.c, z.tensor[part], scale, phi)
         earlier = dx.tensor[part] if dtype is torch.float32 else scratch.tensor
         totals.backward(g[part], x[part], dx.tensor[part], earlier, scale)
     dtheta = totals.finish()
@@ -226,16 +226,16 @@ def compile_for(architecture: int, phi) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cuda import edges_triton as kernels
+    from cuda import edges_launch as kernels
 
     function = kernels.Function(*phi)
-    (rows, warps), (columns, backward_warps, step) = kernels.FORWARD, kernels.backward_config(function)
+    (rows, warps), (columns, backward_warps, step, registers) = kernels.FORWARD, kernels.backward_config(function)
     common = dict(r=12, R=12, FUNCTION=phi[0], m=phi[1], n=phi[2], K=function.count, OUTPUTS=kernels.OUTPUTS)
     backward = dict(common, N=197, BLOCK=columns, STEP=step, ACCUMULATE=False)
     wrong = []
-    for kernel, constants, count in (
-        (kernels.forward_kernel, dict(common, BLOCK=rows), warps),
-        (kernels.backward_kernel, backward, backward_warps),
+    for kernel, constants, options in (
+        (kernels.forward_kernel, dict(common, BLOCK=rows), dict(num_warps=warps)),
+        (kernels.backward_kernel, backward, dict(num_warps=backward_warps, maxnreg=registers)),
     ):
         types = dict.fromkeys("x c z g scratch partials".split(), "*fp32") | {"scale": "fp32", "dx": "*bf16"}
         names = kernel.arg_names
@@ -243,8 +243,8 @@ def compile_for(architecture: int, phi) -> str:
         pointers = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
         values = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=pointers)
-        options = {"num_warps": count, **kernels.OPTIONS}
-        built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        target = GPUTarget("cuda", architecture, 32)
+        built = triton.compile(source, target=target, options={**options, **kernels.OPTIONS})
         usage = resources(built.asm["cubin"])
         if usage["STACK"] or usage["LOCAL"]:
             wrong.append(f"{kernel.__name__} spills: {usage}")
