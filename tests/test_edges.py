@@ -284,7 +284,7 @@ def test_random_cases(seed):
     if phi[0].startswith("rational"):
         phi = phi[0], number(0, 8), number(1, 8)
     shape = number(1, 9), number(1, 5), number(1, 70), number(1, 70), number(1, 17)
-    cases.check_kernels(phi, shape, (torch.float32, torch.bfloat16, torch.float16)[number(0, 2)], "cuda")
+    cases.check_kernels(phi, shape, (torch.float32, torch.bfloat16, torch.float16)[number(0, 2)], "cuda", True)
     B, h, M, N, r = shape
     cases.check_attention(phi, torch.float32, "cuda", B, h, M, N, r, 8 * number(1, 8), number(1, B))
 
@@ -292,6 +292,7 @@ def test_random_cases(seed):
 def attention_on_the_gpu(name="rational", N=50, h=3, r=12, d=32):
     torch.manual_seed(0)
     operator = KArAtOperator(N, h, make_basis(name), r, init="scaled")
+    operator.layers[0].coefficients.data = cases.theta_of(make_basis(name), h, r, N, calm=True)
     attention = KArAtAttention(h * d, h)
     attention.set_operator(operator)
     return attention.cuda(), torch.randn(6, N, h * d, device="cuda")
@@ -315,7 +316,9 @@ def test_a_module_with_kernels_is_the_module_without(name, monkeypatch):
     expected = gradients(module, module, x, g)
     for a, b in zip(found, expected):
         assert cases.error(a, b.double()) < 1e-3
-    layer = KANLayer(50, 12, make_basis(name), 3, torch.nn.SiLU()).cuda()
+    layer = KANLayer(50, 12, make_basis(name), 3, torch.nn.SiLU())
+    layer.coefficients.data = cases.theta_of(layer.basis, 3, 12, 50, calm=True)
+    layer.cuda()
     scores, g = torch.randn(4, 3, 50, 50, device="cuda"), torch.randn(4, 3, 50, 12, device="cuda")
     expected = gradients(layer, layer, scores, g)
     monkeypatch.setattr(kernels, "_choice", "cuda")
@@ -353,7 +356,7 @@ def test_compile_and_graphs(autocast):
         assert torch.equal(out, module(static))
         graphed = torch.cuda.make_graphed_callables(copy.deepcopy(module), (x.clone().requires_grad_(),))
         for a, b in zip(gradients(graphed, graphed, x, g), expected):
-            assert torch.equal(a, b)
+            assert cases.error(a, b.double()) < 1e-5
 
 
 @gpu
@@ -379,17 +382,15 @@ def test_operators_have_right_schemas_and_fakes():
 
 @gpu
 def test_scores_of_one_chunk_exist_at_a_time(monkeypatch):
-    B, h, N, d = 64, 3, 197, 64
-    monkeypatch.setattr(kernel, "CHUNK", 4 * h * N * N * 8)
+    B, h, N, d = 512, 3, 197, 16
+    monkeypatch.setattr(kernel, "CHUNK", 4 * h * N * N * 16)
     q, k = (torch.randn(B, h, N, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
     theta = cases.theta_of(BASIS, h, 12, N, "cuda").requires_grad_()
-    edges.edge_attention(q, k, theta, 0.125, BASIS).sum().backward()
+    edges.edge_attention(q, k, theta, 0.25, BASIS).sum().backward()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    edges.edge_attention(q, k, theta, 0.125, BASIS).sum().backward()
-    scores = 4 * B * h * N * N
-    partials = kernel._launch().PROGRAMS * 132 * 40 * 4 * 64
-    assert torch.cuda.max_memory_allocated() - before < scores + partials
-    expected = attention_scores(q[:2], k[:2], 0.125).detach()
-    z = edges.edges(expected.transpose(0, 1).flatten(1, 2), theta, BASIS).unflatten(1, (2, N)).transpose(0, 1)
-    assert cases.error(edges.edge_attention(q[:2], k[:2], theta, 0.125, BASIS), z.double()) < 2e-5
+    edges.edge_attention(q, k, theta, 0.25, BASIS).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * B * h * N * N / 2  # half of the scores
+    scores = attention_scores(q[:2], k[:2], 0.25).detach()
+    expected = edges.edges(scores.transpose(0, 1).flatten(1, 2), theta, BASIS).unflatten(1, (2, N)).transpose(0, 1)
+    assert cases.error(edges.edge_attention(q[:2], k[:2], theta, 0.25, BASIS), expected.double()) < 2e-5
