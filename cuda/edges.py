@@ -223,13 +223,13 @@ def _fit(q: Tensor, k: Tensor, theta: Tensor) -> bool:
 
 
 def _edge_attention(q, k, theta, scale, function, m, n):
-    _check(q.shape[:3], k.shape[2], theta, function, m, n, q.dtype, _fit(q, k, theta))
+    _check((*q.shape[1:3], k.shape[2]), k.shape[2], theta, function, m, n, q.dtype, _fit(q, k, theta))
     return attention_forward(q, k, theta, scale, function, m, n)
 
 
 def _edge_attention_backward(grad, q, k, theta, scale, function, m, n):
     fit = _fit(q, k, theta) and grad.shape == (*q.shape[:3], theta.shape[1]) and grad.dtype is torch.float32
-    _check(q.shape[:3], k.shape[2], theta, function, m, n, q.dtype, fit and grad.device == q.device)
+    _check((*q.shape[1:3], k.shape[2]), k.shape[2], theta, function, m, n, q.dtype, fit and grad.device == q.device)
     return attention_backward(grad, q, k, theta, scale, function, m, n)
 
 
