@@ -24,10 +24,12 @@ PACKAGES = ["kan_cuda"]
 if "kan_cuda" not in sys.modules and Path(__file__).parents[1].joinpath("cuda", "rational.cu").exists():
     PACKAGES.insert(0, "cuda")
 
-kernel, launch, missing = None, None, ""
+kernel, launch, edges, missing = None, None, None, ""
 for package in PACKAGES:
-    try:  # registers the operators; CuPy is imported at the first launch
-        kernel, launch = (importlib.import_module(f"{package}.{name}") for name in ("rational", "launch"))
+    try:  # registers the operators; CuPy and Triton are imported at the first launch
+        kernel, launch, edges = (
+            importlib.import_module(f"{package}.{name}") for name in ("rational", "launch", "edges")
+        )
         missing = "" if importlib.util.find_spec("cupy") else "CuPy is not installed (pip install cupy-cuda13x)"
         break
     except ImportError as error:  # such as another package of that name

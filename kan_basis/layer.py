@@ -3,30 +3,22 @@
     out_p = sum_q phi_pq(x_q),    phi_pq(x) = scale_base_pq b(x) + scale_basis_pq basis(x; theta_pq)
 
 A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other
-basis is evaluated in chunks, and once more in the backward pass, so that no tensor has rows x outputs x inputs
-elements.
+basis is evaluated edge by edge, see kan_basis/edges.py.
 """
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kan_basis.basis import Basis, at_least_float32, check_init, check_positive, mean_square
+from kan_basis.chunks import exporting, in_chunks
+from kan_basis.edges import edges
 
 # Elements of the features that one chunk of rows builds: 256 MiB. With smaller chunks a GPU waits for the launches.
 MAX_FEATURES = 1 << 26
-# Values phi_pq(x_q) in one chunk. A basis that is not linear keeps several tensors of this size.
-MAX_EDGES = 1 << 22
-
-
-def _exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
 
 
 def rows_of_chunk(features: int, limit: int | None = None) -> int:
@@ -35,23 +27,6 @@ def rows_of_chunk(features: int, limit: int | None = None) -> int:
     A compiler gets all rows in one chunk: it needs few buffers and would unroll the chunks.
     """
     return 1 << 40 if torch.compiler.is_compiling() else (limit or MAX_FEATURES) // max(1, features)
-
-
-def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:
-    """function(*tensors) in chunks of at most `size` along `dim`, concatenated along `dim`.
-
-    Only the tensors are kept for the backward pass, which computes the function again. With `keep_rng` a function that
-    draws random numbers draws the same ones again. An exported program has one chunk, because its batch is not known.
-    """
-    if _exporting():
-        return function(*tensors)
-    count = max(1, math.ceil(tensors[0].shape[dim] / max(1, size)))
-    chunks = zip(*(t.chunk(count, dim) for t in tensors))
-    if torch.is_grad_enabled():
-        results = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=keep_rng) for chunk in chunks]
-    else:
-        results = [function(*chunk) for chunk in chunks]
-    return results[0] if len(results) == 1 else torch.cat(results, dim)
 
 
 class KANLayer(nn.Module):
@@ -124,7 +99,7 @@ class KANLayer(nn.Module):
             raise ValueError(f"expected {self.num_heads} heads of {self.in_features} inputs, not {h} of {N}")
         x = at_least_float32(x)
         rows = x.transpose(0, 1).reshape(h, B * M, N)
-        out = self._linear(rows) if self.basis.linear else self._edges(rows)
+        out = self._linear(rows) if self.basis.linear else edges(rows, self.coefficients, self.basis, self.scale_basis)
         if self.base_fn is not None:
             out = out + torch.bmm(self._base(rows).to(x.dtype), self.scale_base.to(x.dtype).transpose(-1, -2))
         return out.reshape(h, B, M, self.out_features).transpose(0, 1)
@@ -142,20 +117,7 @@ class KANLayer(nn.Module):
             return torch.bmm(self.basis.features(x, -2).flatten(2), weight)
 
         size = rows_of_chunk(rows.shape[0] * rows.shape[2] * self.basis.working_set)
-        return product(rows) if _exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
-
-    def _edges(self, rows: Tensor) -> Tensor:
-        def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:
-            # (h, rows, outputs, N) -> (h, rows, outputs)
-            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(-1)
-
-        edges = self.num_heads * self.in_features  # for one row and one output
-        outputs = min(self.out_features, max(1, MAX_EDGES // edges))
-        parts = [
-            in_chunks(partial(sums, theta=theta, scale=scale), rows, size=MAX_EDGES // (edges * outputs), dim=1)
-            for theta, scale in zip(self.coefficients.split(outputs, 1), self.scale_basis.split(outputs, 1))
-        ]
-        return torch.cat(parts, -1)
+        return product(rows) if exporting() or rows.shape[1] <= size else in_chunks(product, rows, size=size, dim=1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.basis!r}, num_heads={self.num_heads}"

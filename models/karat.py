@@ -123,6 +123,9 @@ class KArAtAttention(Attention):
     def apply_operator(self, operator: KArAtOperator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """sigma(Q K^T / sqrt(d)) V: three times (B, h, N, d) -> (B, h, N, d)."""
         dropout = self.attn_drop.p if self.training else 0.0
+        out = operator.attend_by_kernel(query, key, value, self.scale, dropout)
+        if out is not None:
+            return out
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return operator.attend(attention_scores(q, k, self.scale), v, dropout)

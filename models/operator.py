@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kan_basis.basis import Basis, check_positive
+from kan_basis.edges import edge_attention, has_kernel
 from kan_basis.layer import KANLayer
 from kan_basis.simplex import project_l1
 
@@ -137,10 +138,30 @@ class KArAtOperator(nn.Module):
         """
         if self.project_out is None or self.project_l1 or dropout:
             return F.dropout(self(scores), dropout).to(value.dtype) @ value
+        return self._combine(self.functions(scores), value)
+
+    def attend_by_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, score_scale: float, dropout: float = 0.0
+    ) -> Tensor | None:
+        """sigma(Q K^T score_scale) V by the kernels of `edge_attention`, None where they do not compute it.
+
+        They compute one layer of functions without a base function, of a basis that is not linear in its coefficients,
+        with no operation between W and V.
+        """
+        layer = self.layers[0]
+        if self.project_out is None or self.project_l1 or dropout or len(self.layers) > 1 or layer.base_fn is not None:
+            return None
+        if not query.is_cuda or query.dtype is not key.dtype or not has_kernel(query, layer.coefficients, layer.basis):
+            return None
+        z = edge_attention(query, key, layer.coefficients, score_scale, layer.basis, layer.scale_basis)
+        return self._combine(z, value)
+
+    def _combine(self, z: Tensor, value: Tensor) -> Tensor:
+        """z (W^T V): (B, h, M, r), (B, h, N, d) -> (B, h, M, d)."""
         values = self.project_out.to(value.dtype).transpose(-1, -2) @ value  # (B, h, r, d)
         if self.output_scale is not None:
             values = values * self.output_scale.to(values.dtype)
-        return self.functions(scores).to(values.dtype) @ values
+        return z.to(values.dtype) @ values
 
     def extra_repr(self) -> str:
         return f"{self.num_tokens} tokens, num_heads={self.num_heads}, project_l1={self.project_l1}"
