@@ -17,7 +17,7 @@
 // Sums     Every output has one writer. dA and dW of the parts of the batch, and d(W^T V) of the blocks of rows, are
 //          added in a fixed order: equal inputs give equal bits.
 #pragma once
-#include "features.h"
+#include "attention_features.h"
 #include "mma.cuh"
 
 #define RANK 16
@@ -81,28 +81,44 @@ __device__ __forceinline__ void add_products(float (*dx)[4], const float (*deriv
     }
 }
 
-// The blocks of a grid share the heads evenly, and the warps of a block form groups, each of which takes rows of an image
-// at a time. All groups of a block hence need the same coefficients, which stay in shared memory.
-struct Group {
-    int warp, index, first, stride, threads;
-    int head;
+// All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` on.
+template <int COUNT, int WIDTH, typename T>
+__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, const Sizes& size) {
+    for (int f = 0; f < COUNT; f++)
+        copy_rows<RANK>(target + f * RANK, WIDTH, packed + (i64)(h * slots + first + f) * size.padded * RANK, RANK,
+                        size.chunk, size.padded, RANK, threadIdx.x, blockDim.x);
+}
 
-    __device__ __forceinline__ Group(const Sizes& size, int warps) {
-        const int groups = blockDim.x / 32 / warps;
-        warp = threadIdx.x / 32 % warps, index = threadIdx.x / 32 / warps, threads = 32 * warps;
-        head = blockIdx.x % size.H;
-        first = blockIdx.x / size.H * groups + index, stride = gridDim.x / size.H * groups;
+// A grid shares the heads evenly, and the warps of a block form groups that take turns with the rows of an image, 16 for
+// each warp at a time. All groups of a block need the coefficients of one head, which stay in shared memory. A group has
+// all tokens of its image there, and each of its warps the next rows.
+template <int SLOTS, int D, typename T>
+struct Group {
+    static constexpr int WIDTH = D + 8, PACKED = SLOTS * RANK + 8;
+    const Sizes& size;
+    int head, threads, thread, warp, index, first, stride;
+    T *table, *tokens, *more;
+
+    // `rest` elements of each group lie behind its tokens, at `more`.
+    __device__ __forceinline__ Group(T* shared, const Sizes& size, int warps, int rest)
+        : size(size), head(blockIdx.x % size.H), threads(32 * warps) {
+        thread = threadIdx.x % threads, warp = thread / 32, index = threadIdx.x / threads;
+        stride = gridDim.x / size.H * (blockDim.x / threads);
+        first = blockIdx.x / size.H + index * (gridDim.x / size.H);
+        table = shared;
+        tokens = shared + size.chunk * PACKED + index * (size.chunk * WIDTH + rest);
+        more = tokens + size.chunk * WIDTH;
     }
-    __device__ __forceinline__ void synchronise() const {
-        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+    __device__ __forceinline__ void copy_tokens(const Matrix<const T>& from, int b) const {
+        copy_rows<D>(tokens, WIDTH, from.at(b, head, 0), from.row, size.chunk, size.N, size.d, thread, threads);
+        commit_copies();
+    }
+    // Waits for the copies of the threads of the group, or of all groups.
+    __device__ __forceinline__ void wait(bool all = false) const {
+        wait_copies<0>();
+        if (all)
+            __syncthreads();
+        else
+            asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
     }
 };
-
-// All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` and token n on.
-template <int COUNT, int WIDTH, typename T>
-__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, int n, int count,
-                                            const Sizes& size) {
-    for (int f = 0; f < COUNT; f++)
-        copy_rows<RANK>(target + f * RANK, WIDTH, packed + ((i64)(h * slots + first + f) * size.padded + n) * RANK, RANK,
-                        count, size.padded - n, RANK, threadIdx.x, blockDim.x);
-}

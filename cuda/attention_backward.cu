@@ -48,81 +48,72 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
             store_tile(dvalues + (i64)bh * RANK * size.d + warp * 16 + i * 8, size.d, part[i], 1.0f, RANK);
 }
 
-// dq. Grid: a multiple of h. `warps` form a group, which takes 16 rows of each.
+// dq. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of an image.
 template <typename T, typename BASIS, typename BASE, int F, int D>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
-    Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps) {
+    Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
-    constexpr int WIDTH = D + 8, PACKED = F * RANK + 8;
-    const Group group(size, warps);
-    const int h = group.head, rows = 16 * warps, blocks = (size.N + rows - 1) / rows;
-    const bool whole = size.chunk >= size.N;  // the tokens are one chunk
-    T *table = reinterpret_cast<T*>(shared), *keys = table + size.chunk * (PACKED + group.index * WIDTH);
+    constexpr int WIDTH = D + 8, NARROW = RANK + 8;
+    const Group<F, D, T> group(reinterpret_cast<T*>(shared), size, warps, 16 * warps * (WIDTH + NARROW));
+    constexpr int PACKED = group.PACKED;
+    const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
+    T *queries = group.more + 16 * group.warp * (WIDTH + NARROW), *grads = queries + 16 * WIDTH;  // rows of the warp
 
-    if (whole) {
-        copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, 0, size.chunk, size);
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-    }
-    // With several chunks all groups go over them together, also those that have no rows left.
-    for (int turn = group.first; turn - (whole ? 0 : group.index) < size.B * blocks; turn += group.stride) {
-        const bool active = turn < size.B * blocks;
-        const int b = turn / blocks, m = active ? turn % blocks * rows + group.warp * 16 : size.N;
-        unsigned queries[D / 16][4], grads[1][4];
-        float sums[D / 8][4];
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) sums[i / 4][i % 4] = 0;
-        if (active) {
-            load_rows<D>(queries, q.at(b, h, m), q.row, size.N - m, size.d);
-            load_rows<16>(grads, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, size.N - m, RANK);
-        }
-        for (int start = 0; start < size.N; start += size.chunk) {
-            if (active)
-                copy_rows<D>(keys, WIDTH, k.at(b, h, start), k.row, size.chunk, size.N - start, size.d,
-                             threadIdx.x % group.threads, group.threads);
-            if (!whole) copy_packed<F, PACKED>(table, packed, h, 2 * F + 1, F, start, size.chunk, size);
+    copy_packed<F, PACKED>(group.table, packed, h, 2 * F + 1, F, size);
+    if (group.first >= size.B * blocks) group.wait(true);
+    for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
+        const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows);
+        auto copy_queries = [&](int m) {
+            copy_rows<D>(queries, WIDTH, q.at(b, h, m), q.row, 16, last - m, size.d, threadIdx.x % 32, 32);
+            copy_rows<RANK>(grads, NARROW, dz + (((i64)b * size.H + h) * size.N + m) * RANK, RANK, 16, last - m, RANK,
+                            threadIdx.x % 32, 32);
             commit_copies();
+        };
+        group.copy_tokens(k, b);
+        copy_queries(first + group.warp * 16);
+        group.wait(turn == group.first);  // at first for the coefficients, too
+        for (int m = first + group.warp * 16; m < last; m += 16 * warps) {
+            unsigned operands[D / 16][4], grad[4];
+            float sums[D / 8][4];
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) sums[i / 4][i % 4] = 0;
             wait_copies<0>();
-            if (whole)
-                group.synchronise();
-            else
-                __syncthreads();
-            const int count = m < size.N ? min(size.chunk, (size.N - start + 15) / 16 * 16) : 0;
-            for (int n = 0; n < count; n += 16) {
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) load_operand<true, true>(operands[j], queries + j * 16, WIDTH);
+            load_operand<true, true>(grad, grads, NARROW);
+            __syncwarp();
+            copy_queries(m + 16 * warps);
+            for (int n = 0; n < size.N; n += 16) {
                 float x[2][4], dx[2][4];
                 unsigned a[4], r[4];
-                scores<D>(x, queries, keys + n * WIDTH);
+                scores<D>(x, operands, group.tokens + n * WIDTH);
                 for_features<BASIS, BASE, F, false, true>(
                     x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
                         float c[2][4];
-                        load_operand<false, true>(r, table + n * PACKED + f * RANK, PACKED);
-                        multiply<T>(c, grads[0], r);
+                        load_operand<false, true>(r, group.table + n * PACKED + f * RANK, PACKED);
+                        multiply<T>(c, grad, r);
                         add_products(dx, derivative, c, f == 0);
                     });
                 pack_tiles<T>(a, dx);
 #pragma unroll
                 for (int j = 0; j < D / 16; j++) {
-                    load_operand<false, false>(r, keys + n * WIDTH + j * 16, WIDTH);
+                    load_operand<false, false>(r, group.tokens + n * WIDTH + j * 16, WIDTH);
                     multiply_add<T>(sums + 2 * j, a, r);
                 }
             }
-            if (whole)
-                group.synchronise();
-            else
-                __syncthreads();
-        }
-        if (active)
 #pragma unroll
-            for (int j = 0; j < D / 8; j++)
-                if (j * 8 < size.d) store_tile(dq.at(b, h, m) + j * 8, dq.row, sums[j], size.scale, size.N - m);
+            for (int j = 0; j < D / 16; j++)
+                store_tiles(dq.at(b, h, m) + j * 16, dq.row, sums + 2 * j, size.scale, last - m, size.d - j * 16);
+        }
+        group.wait();
     }
 }
 
 // dk, dv, and dA and dW summed over the images of a part of the batch, (parts, h, F + 1, padded, 16) in float. Grid:
 // parts x h x blocks of 16 tokens for each warp.
 template <typename T, typename BASIS, typename BASE, int F, int D, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, 2) attention_backward_key_kernel(
+__global__ void __launch_bounds__(32 * WARPS, 8 / WARPS) attention_backward_key_kernel(
     Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, const T* packed, const T* dz, const T* dvalues,
     Matrix<T> dk, Matrix<T> dv, float* sums, Sizes size, int images) {
     extern __shared__ __align__(16) unsigned char shared[];
@@ -226,13 +217,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) attention_backward_key_kernel(
                 load_operand<false, true>(r, projected + j * 16, WIDTH);
                 load_operand<true, true>(a, values + warp * 16 * WIDTH + j * 16, WIDTH);
                 multiply_add<T>(of_w, a, r);
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
-                    const int column = j * 16 + side * 8;
-                    if (column >= size.d) break;
-                    store_tile(dk.at(b, h, n) + column, dk.row, dk_sum[2 * j + side], size.scale, left);
-                    store_tile(dv.at(b, h, n) + column, dv.row, c[side], 1.0f, left);
-                }
+                store_tiles(dk.at(b, h, n) + j * 16, dk.row, dk_sum + 2 * j, size.scale, left, size.d - j * 16);
+                store_tiles(dv.at(b, h, n) + j * 16, dv.row, c, 1.0f, left, size.d - j * 16);
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) dw[i * blockDim.x] = of_w[i / 4][i % 4];

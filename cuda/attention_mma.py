@@ -4,7 +4,8 @@ The other cases of kan_basis/attention.py run in Triton (attention_kernels.py), 
 """
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,11 @@ from . import launch
 TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 BASIS = {"fourier": "Fourier", "chebyshev": "Chebyshev", "radial": "Radial"}
 BASE = {"": "Zero", "identity": "Identity", "relu": "Relu", "silu": "Silu", "gelu": "Gelu"}
-RANK, MAX_FEATURES, MAX_CHANNELS = 16, 8, 64
+RANK, MAX_FEATURES, MAX_CHANNELS, MAX_TOKENS = 16, 8, 64, 272
 MATRIX, SIZES = "Pqqq", "iiiiiifff"
-SHARED = 227 << 10  # bytes of shared memory of a block
 GROUP = 5  # warps of a group, at most
-VALUES_CHUNK = 256
-KEY_WARPS = 5
-KEY_CHUNK = 112
+KEY_WARPS = 2
+KEY_CHUNK = 80
 
 
 def takes(*tensors: Tensor, rank: int, features: int) -> bool:
@@ -33,12 +32,20 @@ def takes(*tensors: Tensor, rank: int, features: int) -> bool:
         and features <= MAX_FEATURES
         and q.shape[-1] <= MAX_CHANNELS
         and q.shape[-1] % 8 == 0
+        and q.shape[-2] <= MAX_TOKENS
         and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:3]) for t in tensors)
     )
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), *t.stride()[:3]
+
+
+@cache
+def _gpu(device: int) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def _up(size: int, unit: int = 16) -> int:
@@ -54,44 +61,55 @@ def _kernel(kind, types, dtype, basis, order, base, features, d, shared, device,
 
 
 @lru_cache(maxsize=4096)
-def _values_kernel(kind, types, dtype, D, chunk, device):
-    file = "attention_forward.cu" if kind == "values" else "attention_backward.cu"
+def _values_kernel(types, dtype, D, chunk, device):
     shared = 2 * (chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
-    return launch.kernel(file, f"attention_{kind}_kernel<{TYPES[dtype]}, {D}>", types, shared, device)
+    return launch.kernel(
+        "attention_backward.cu", f"attention_backward_values_kernel<{TYPES[dtype]}, {D}>", types, shared, device
+    )
 
 
-def _groups(N: int, warps: int, D: int, F: int) -> tuple[int, int, int]:
-    """Warps of a group that takes N rows in as few turns as possible, groups of a block, and tokens of a chunk."""
-    tiles = math.ceil(N / 16)
-    of_group = math.ceil(tiles / math.ceil(tiles / GROUP))
-    groups = min(15, warps // of_group)  # the number of named barriers
-    row = 2 * (F * RANK + 8 + groups * (D + 8))
-    chunks = math.ceil(_up(N) / (SHARED // row // 16 * 16))
-    return of_group, groups, _up(math.ceil(N / chunks))
+class Grid(NamedTuple):
+    blocks: int
+    warps: int  # of a group
+    groups: int  # of a block
+    row_blocks: int  # blocks of the rows of an image, one for each turn of a group
+    shared: int  # bytes
 
 
-def _blocks(B: int, N: int, H: int, of_group: int, groups: int, device: int) -> int:
-    """Blocks of a grid, a multiple of H, so many that all multiprocessors work if there is enough to do."""
-    turns = B * math.ceil(math.ceil(N / 16) / of_group)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return H * max(1, min(multiprocessors // H, math.ceil(turns / groups)))
+@lru_cache(maxsize=4096)
+def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp: int, device: int) -> Grid:
+    """How groups of warps share B images of N rows for each of H heads.
+
+    Args:
+        most: warps of a block.
+        table, of_group, of_warp: bytes of shared memory for the coefficients, each group and each warp.
+    """
+    (multiprocessors, shared), tiles = _gpu(device), math.ceil(N / 16)
+    warps = min(GROUP, tiles)
+    of_group += warps * of_warp
+    groups = min(most // warps, (shared - table) // of_group, 15)  # there are 15 named barriers
+    blocks = max(1, multiprocessors // H)
+
+    def time(row_blocks: int) -> float:  # in rounds of 16 rows for each warp, and what it takes to begin
+        turns = math.ceil(B * row_blocks / (blocks * groups))
+        return turns * (math.ceil(math.ceil(tiles / row_blocks) / warps) + 0.3)
+
+    row_blocks = min(range(1, math.ceil(tiles / warps) + 1), key=time)
+    return Grid(min(blocks, B * row_blocks) * H, warps, groups, row_blocks, table + groups * of_group)
 
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
-    F, D, device, padded = packed.shape[1] // 2, _up(d), q.get_device(), packed.shape[2]
-    of_group, groups, chunk = _groups(N, 20, D, F)
-    shared = 2 * chunk * (F * RANK + 8 + groups * (D + 8))
-    kernel = _kernel("forward", MATRIX * 2 + "PP" + SIZES + "i", q.dtype, basis, order, base, F, d, shared, device)
+    F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
+    chunk, row = _up(N), 2 * (D + 8)
+    table = 2 * chunk * ((F + 1) * RANK + 8)
+    grid = _grid(B, H, N, table, 20, (chunk + RANK) * row, 16 * row, device)
+    types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
+    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device)
     kernel(
-        _blocks(B, N, H, of_group, groups, device), 32 * of_group * groups, *_matrix(q), *_matrix(k), packed.data_ptr(),
-        z.data_ptr(), B, H, N, d, padded, chunk, scale, low, step, of_group,
-    )
-    chunk = min(VALUES_CHUNK, _up(N))
-    kernel = _values_kernel("values", MATRIX + "PiPP" + MATRIX + SIZES, q.dtype, D, chunk, device)
-    kernel(
-        B * H, 2 * D, *_matrix(v), packed[0, 2 * F].data_ptr(), packed.stride(0), z.data_ptr(), values.data_ptr(),
-        *_matrix(out), B, H, N, d, padded, chunk, scale, low, step,
+        grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
+        values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
+        grid.warps, grid.row_blocks,
     )
 
 
@@ -99,24 +117,25 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
     B, H, N, d = q.shape
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
     common, sizes = (q.dtype, basis, order, base, F, d), (B, H, N, d, packed.shape[2])
-    dvalues, chunk = torch.empty_like(values), min(VALUES_CHUNK, _up(N))
-    kernel = _values_kernel("backward_values", MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
+    dvalues, chunk = torch.empty_like(values), _up(N)
+    kernel = _values_kernel(MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
     kernel(
         B * H, 2 * D, *_matrix(grad), values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), *sizes, chunk,
         scale, low, step,
     )
-    of_group, groups, chunk = _groups(N, 16, D, F)
-    shared = 2 * chunk * (F * RANK + 8 + groups * (D + 8))
-    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "i", *common, shared, device)
+    chunk, row = _up(N), 2 * (D + 8)
+    table = 2 * chunk * (F * RANK + 8)
+    grid = _grid(B, H, N, table, 16, chunk * row, 16 * (row + 2 * (RANK + 8)), device)
+    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device)
     kernel(
-        _blocks(B, N, H, of_group, groups, device), 32 * of_group * groups, *_matrix(q), *_matrix(k), packed.data_ptr(),
-        dz.data_ptr(), *_matrix(dq), *sizes, chunk, scale, low, step, of_group,
+        grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
+        *_matrix(dq), *sizes, chunk, scale, low, step, grid.warps, grid.row_blocks,
     )
     key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps = math.ceil(math.ceil(N / 16) / key_blocks)
     chunk = min(KEY_CHUNK, _up(N))
     shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
-    resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    resident = 8 // KEY_WARPS * _gpu(device)[0]
     images = math.ceil(B / max(1, min(B, resident // (key_blocks * H))))
     number = math.ceil(B / images)
     sums = torch.empty(number, H, F + 1, packed.shape[2], RANK, dtype=torch.float32, device=q.device)

@@ -88,6 +88,23 @@ __device__ __forceinline__ void store_tile(T* target, i64 stride, const float* c
         *reinterpret_cast<unsigned*>(target + (g + 8) * stride + 2 * t) = pack<T>(c[2] * scale, c[3] * scale);
 }
 
+// Both tiles of 8 columns, as far as there are `columns`. A lane gets the numbers of a neighbour and stores 8 bytes.
+template <typename T>
+__device__ __forceinline__ void store_tiles(T* target, i64 stride, const float (*c)[4], float scale, int rows, int columns) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const bool odd = t % 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {  // rows g and g + 8
+        const unsigned low = pack<T>(c[0][2 * i] * scale, c[0][2 * i + 1] * scale);
+        const unsigned high = pack<T>(c[1][2 * i] * scale, c[1][2 * i + 1] * scale);
+        // An even lane keeps its pair of the first tile and gets the next one, an odd lane likewise of the second tile.
+        const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+        const uint2 pairs = odd ? make_uint2(other, high) : make_uint2(low, other);
+        const int column = (odd ? 8 : 0) + t / 2 * 4;
+        if (g + 8 * i < rows && column < columns) *reinterpret_cast<uint2*>(target + (g + 8 * i) * stride + column) = pairs;
+    }
+}
+
 // Starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source. This is thread
 // `thread` of the `threads` that take part.
 template <int COLUMNS, typename T>

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kan_basis import kernels, layer, torch_internals
 from kan_basis.basis import Basis
+from kan_basis.chunks import exporting, in_chunks
 from kan_basis.fourier import FourierBasis
 
 NAME = "Kolmogorov-Arnold attention"  # in messages
@@ -79,7 +80,7 @@ def attention(
     query, key, value = (t if t.dtype is dtype else t.to(dtype) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     path = "definition"
-    if kernels.takes_attention(query.device) and not layer.exporting():
+    if kernels.takes_attention(query.device) and not exporting():
         refusal, base = _refusal if watched else _refusal_once, base_name(base_fn)
         refused = refusal(query.shape, dtype, query.device, coefficients.shape[1], basis, type(base_fn).__name__, base)
         path = kernels.path(refused, watched, NAME)
@@ -156,7 +157,7 @@ def _definition(query, key, value, coefficients, projector, basis, scale, base_f
 
     h, N = query.shape[1:3]
     size = layer.rows_of_chunk(h * N * N * max(1, basis.working_set))
-    return layer.in_chunks(core, query, key, value, size=size, dim=0)
+    return in_chunks(core, query, key, value, size=size, dim=0)
 
 
 def _check(basis: Basis, base: bool, shapes: tuple, dtypes: tuple, devices: tuple) -> None:

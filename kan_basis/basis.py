@@ -160,6 +160,15 @@ class Basis:
             if choices and value not in choices:
                 raise ValueError(f"unknown {f.name} '{value}'; there are: {', '.join(sorted(choices))}")
 
+    @property
+    def edge_function(self) -> tuple[str, int, int] | None:
+        """What the kernels of kan_basis.edges call phi: its name and two degrees. None if they do not know phi."""
+        return None
+
+    def scaled(self, theta: Tensor, scale: Tensor) -> Tensor:
+        """Coefficients of scale phi: theta (..., P), scale (...) -> (..., P). Bases with an `edge_function` have it."""
+        return theta * scale.unsqueeze(-1)
+
     @classmethod
     def options(cls, use: str) -> dict[str, Field]:
         """The fields by the names that they have as options of a model's attention or MLP."""

@@ -24,11 +24,12 @@ PACKAGES = ["kan_cuda"]
 if "kan_cuda" not in sys.modules and Path(__file__).parents[1].joinpath("cuda", "rational.cu").exists():
     PACKAGES.insert(0, "cuda")
 
-kernel, launch, attention, missing = None, None, None, ""
+kernel, launch, edges, attention, missing = None, None, None, None, ""
 for package in PACKAGES:
     try:  # registers the operators; CuPy and Triton are imported at the first launch
-        kernel, launch, attention = (
-            importlib.import_module(f"{package}.{name}") for name in ("rational", "launch", "attention_operator")
+        kernel, launch, edges, attention = (
+            importlib.import_module(f"{package}.{name}")
+            for name in ("rational", "launch", "edges", "attention_operator")
         )
         missing = "" if importlib.util.find_spec("cupy") else "CuPy is not installed (pip install cupy-cuda13x)"
         break

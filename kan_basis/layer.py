@@ -3,8 +3,7 @@
     out_p = sum_q phi_pq(x_q),    phi_pq(x) = scale_base_pq b(x) + scale_basis_pq basis(x; theta_pq)
 
 A basis that is linear in its coefficients takes one matrix product of its features with (scale_basis theta). Any other
-basis is evaluated in chunks, and once more in the backward pass, so that no tensor has rows x outputs x inputs
-elements.
+basis is evaluated edge by edge, see kan_basis/edges.py.
 """
 
 import copy
@@ -15,18 +14,13 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kan_basis.basis import Basis, at_least_float32, check_init, check_positive, mean_square
+from kan_basis.chunks import exporting, in_chunks
+from kan_basis.edges import edges
 
 # Elements of the features that one chunk of rows builds: 256 MiB. With smaller chunks a GPU waits for the launches.
 MAX_FEATURES = 1 << 26
-# Values phi_pq(x_q) in one chunk. A basis that is not linear keeps several tensors of this size.
-MAX_EDGES = 1 << 22
-
-
-def exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
 
 
 def rows_of_chunk(features: int, limit: int | None = None) -> int:
@@ -35,23 +29,6 @@ def rows_of_chunk(features: int, limit: int | None = None) -> int:
     A compiler gets all rows in one chunk: it needs few buffers and would unroll the chunks.
     """
     return 1 << 40 if torch.compiler.is_compiling() else (limit or MAX_FEATURES) // max(1, features)
-
-
-def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:
-    """function(*tensors) in chunks of at most `size` along `dim`, concatenated along `dim`.
-
-    Only the tensors are kept for the backward pass, which computes the function again. With `keep_rng` a function that
-    draws random numbers draws the same ones again. An exported program has one chunk, because its batch is not known.
-    """
-    if exporting():
-        return function(*tensors)
-    count = max(1, math.ceil(tensors[0].shape[dim] / max(1, size)))
-    chunks = zip(*(t.chunk(count, dim) for t in tensors))
-    if torch.is_grad_enabled():
-        results = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=keep_rng) for chunk in chunks]
-    else:
-        results = [function(*chunk) for chunk in chunks]
-    return results[0] if len(results) == 1 else torch.cat(results, dim)
 
 
 def apply_functions(
@@ -166,7 +143,7 @@ class KANLayer(nn.Module):
         h, N = x.shape[1], x.shape[3]
         if (h, N) != (self.num_heads, self.in_features):
             raise ValueError(f"expected {self.num_heads} heads of {self.in_features} inputs, not {h} of {N}")
-        sums = self._edges
+        sums = partial(edges, theta=self.coefficients, basis=self.basis, scale=self.scale_basis)
         if self.basis.linear:
             sums = partial(linear_sums, basis=self.basis, coefficients=self.scaled_coefficients)
         return apply_functions(x, sums, self.base_fn, self.scale_base)
@@ -183,19 +160,6 @@ class KANLayer(nn.Module):
             coefficients = torch.cat([coefficients, self.scale_base[..., None]], -1)
         values = torch.einsum("hrnp,bhrd->bhpnd", coefficients.to(x.dtype), value.to(x.dtype)).flatten(2, 3)
         return (features.flatten(-2) @ values).to(value.dtype)
-
-    def _edges(self, rows: Tensor) -> Tensor:
-        def sums(x: Tensor, theta: Tensor, scale: Tensor) -> Tensor:
-            # (h, rows, outputs, N) -> (h, rows, outputs)
-            return (self.basis(x[:, :, None], theta[:, None]) * scale[:, None]).sum(-1)
-
-        edges = self.num_heads * self.in_features  # for one row and one output
-        outputs = min(self.out_features, max(1, MAX_EDGES // edges))
-        parts = [
-            in_chunks(partial(sums, theta=theta, scale=scale), rows, size=MAX_EDGES // (edges * outputs), dim=1)
-            for theta, scale in zip(self.coefficients.split(outputs, 1), self.scale_basis.split(outputs, 1))
-        ]
-        return torch.cat(parts, -1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.basis!r}, num_heads={self.num_heads}"

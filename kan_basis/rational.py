@@ -68,6 +68,14 @@ class RationalBasis(Basis):
         q = {"A": f"sum over j = 1..{n} of |b_j| |x|^j", "B": f"|sum over j = 1..{n} of b_j x^j|"}[self.version]
         return f"(sum over i = 0..{m} of a_i x^i) / (1 + {q})"
 
+    @property
+    def edge_function(self) -> tuple[str, int, int]:
+        return f"rational_{self.version}", *self.degrees
+
+    def scaled(self, theta: Tensor, scale: Tensor) -> Tensor:
+        a, b = theta.tensor_split([self.degrees[0] + 1], -1)
+        return torch.cat([a * scale.unsqueeze(-1), b], -1)
+
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
         self.check(theta)
         dtype = torch.promote_types(x.dtype, theta.dtype)

@@ -128,6 +128,14 @@ class WaveletBasis(Basis):
     def formula(self) -> str:
         return f"w {self.wavelet}((x - tau) / s)"
 
+    @property
+    def edge_function(self) -> tuple[str, int, int]:
+        return self.wavelet, 0, 0
+
+    def scaled(self, theta: Tensor, scale: Tensor) -> Tensor:
+        w, rest = theta.tensor_split([1], -1)
+        return torch.cat([w * scale.unsqueeze(-1), rest], -1)
+
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
         self.check(theta)
         dtype = torch.promote_types(x.dtype, theta.dtype)

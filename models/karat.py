@@ -96,6 +96,9 @@ class KArAtAttention(Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         if operator.direct and not dropout:
             return operator.attend_directly(query, key, value, self.scale)
+        out = operator.attend_by_kernel(query, key, value, self.scale, dropout)
+        if out is not None:
+            return out
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return operator.attend(attention_scores(q, k, self.scale), v, dropout)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kan_basis import layer as kan
 from kan_basis.attention import attention, attention_scores, combine
 from kan_basis.basis import Basis, check_positive
-from kan_basis.layer import KANLayer
+from kan_basis.chunks import in_chunks
+from kan_basis.edges import edge_attention, has_kernel
+from kan_basis.layer import KANLayer, rows_of_chunk
 from kan_basis.simplex import project_l1
 
 MODES = ("phi1_w2", "w1_phi2")
@@ -141,6 +142,22 @@ class KArAtOperator(nn.Module):
             return F.dropout(self(scores), dropout).to(value.dtype) @ value
         return combine(self.functions(scores), self._scaled(self.project_out), value)
 
+    def attend_by_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, score_scale: float, dropout: float = 0.0
+    ) -> Tensor | None:
+        """sigma(Q K^T score_scale) V by the kernels of `edge_attention`, None where they do not compute it.
+
+        They compute one layer of functions without a base function, of a basis that is not linear in its coefficients,
+        with no operation between W and V.
+        """
+        layer = self.layers[0]
+        if self.project_out is None or self.project_l1 or dropout or len(self.layers) > 1 or layer.base_fn is not None:
+            return None
+        if not query.is_cuda or query.dtype is not key.dtype or not has_kernel(query, layer.coefficients, layer.basis):
+            return None
+        z = edge_attention(query, key, layer.coefficients, score_scale, layer.basis, layer.scale_basis)
+        return combine(z, self._scaled(self.project_out), value)
+
     @property
     def direct(self) -> bool:
         """Whether sigma(A) V needs neither A nor sigma(A) as a whole: see `attend_directly`."""
@@ -174,8 +191,8 @@ class KArAtOperator(nn.Module):
             out = layer.apply_to(attention_scores(q, keys, scale), v)
             return self._scaled(out)
 
-        size = kan.rows_of_chunk(self.num_heads * self.num_tokens * layer.in_features * (layer.basis.working_set + 1))
-        return kan.in_chunks(core, query, key, value, size=size, dim=0)
+        size = rows_of_chunk(self.num_heads * self.num_tokens * layer.in_features * (layer.basis.working_set + 1))
+        return in_chunks(core, query, key, value, size=size, dim=0)
 
     def _scaled(self, t: Tensor) -> Tensor:
         """t (h, ...) or (B, h, ...) times the output scale."""

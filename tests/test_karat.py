@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 import models  # noqa: F401
+from kan_basis import edges
 from kan_basis import layer as kan
 from kan_basis.simplex import project_l1
 from models.karat import KArAtAttention, attention_scores, base_function, parse_blocks
@@ -67,7 +68,7 @@ def test_output_scale_and_projection(output_scale, l1):
 @stages
 def test_gradients_of_the_core(name, options, monkeypatch):
     monkeypatch.setattr(kan, "MAX_FEATURES", 40)
-    monkeypatch.setattr(kan, "MAX_EDGES", 20)
+    monkeypatch.setattr(edges, "MAX_EDGES", 20)
     op = operator(name, N=3, h=1, r=2, output_scale="learned", **options)
     attn = attention(op, heads=1, head_dim=2)
     qkv = [torch.randn(2, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -78,7 +79,7 @@ def test_gradients_of_the_core(name, options, monkeypatch):
 def test_only_q_k_v_are_kept_and_nothing_large_is_built(monkeypatch):
     B, N, h, r = 4, 48, 2, 12
     monkeypatch.setattr(kan, "MAX_FEATURES", 20_000)
-    monkeypatch.setattr(kan, "MAX_EDGES", 10_000)
+    monkeypatch.setattr(edges, "MAX_EDGES", 10_000)
     for name, options in itertools.product(("fourier", "rational"), STAGES):
         attn = KArAtAttention(h * 8, h)
         attn.set_operator(KArAtOperator(N, h, basis(name), r, **options))

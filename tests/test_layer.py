@@ -6,8 +6,8 @@ from karat_oracle import BASES, Largest, basis, literal_sums, randomised
 from torch import nn
 
 from kan_basis import BASES as REGISTRY
+from kan_basis import edges, make_basis
 from kan_basis import layer as kan
-from kan_basis import make_basis
 from kan_basis.layer import KANLayer, in_chunks
 from kan_basis.simplex import project_l1
 
@@ -15,7 +15,7 @@ from kan_basis.simplex import project_l1
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kan, "MAX_FEATURES", 40)
-    monkeypatch.setattr(kan, "MAX_EDGES", 20)
+    monkeypatch.setattr(edges, "MAX_EDGES", 20)
 
 
 def layer_and_input(name, base_fn=None, N=5, r=3, h=2, B=2, M=2, **kwargs):
@@ -66,7 +66,7 @@ def test_gradients(name, base_fn, small_chunks):
 )
 def test_nothing_of_rows_x_outputs_x_inputs(name, options, r, monkeypatch):
     monkeypatch.setattr(kan, "MAX_FEATURES", 20_000)
-    monkeypatch.setattr(kan, "MAX_EDGES", 2_000)
+    monkeypatch.setattr(edges, "MAX_EDGES", 2_000)
     layer, x = (
         KANLayer(24, r, make_basis(name, **options), 2, nn.SiLU()),
         torch.randn(16, 2, 24, 24, requires_grad=True),
@@ -78,7 +78,7 @@ def test_nothing_of_rows_x_outputs_x_inputs(name, options, r, monkeypatch):
 
 
 def test_one_output_at_a_time_where_a_row_is_too_large(monkeypatch):
-    monkeypatch.setattr(kan, "MAX_EDGES", 3)
+    monkeypatch.setattr(edges, "MAX_EDGES", 3)
     layer, x = layer_and_input("rational")
     out = layer(x)
     monkeypatch.undo()
