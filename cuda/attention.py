@@ -145,7 +145,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     )
     config = BACKWARD_KEY
     # 12 blocks for each multiprocessor
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     images = math.ceil(s.B / min(s.B, math.ceil(12 * processors / (math.ceil(s.N / config["BLOCK_N"]) * s.H))))
     number = math.ceil(s.B / images)
     sums = q.new_empty(number, s.H, s.F + 1, s.padded, s.R, dtype=torch.float32)

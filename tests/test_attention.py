@@ -286,7 +286,7 @@ CASES = {  # basis, its options, base function, (B, h, N, d), r, deviation of q 
     "groups of features": ("fourier", dict(grid=11), "identity", (1, 1, 37, 16), 5, 1.0),
     "one token": ("fourier", dict(grid=1), "gelu", (2, 1, 1, 64), 1, 1.0),
     "several blocks": ("fourier", dict(grid=1), "silu", (1, 1, 70, 24), 20, 1.0),
-    "parts of the batch": ("fourier", dict(grid=1), "", (9, 1, 2, 16), 1, 1.0),
+    "parts of the batch": ("fourier", dict(grid=1), "", (8, 4, 2, 16), 1, 1.0),
     "chebyshev": ("chebyshev", dict(order=3), "identity", (3, 2, 2, 16), 5, 1.0),
     "chebyshev groups": ("chebyshev", dict(order=9), "relu", (1, 1, 37, 24), 5, 1.0),
     "radial": ("radial", dict(grid=4, grid_range=(-1, 2)), "", (1, 2, 37, 16), 12, 1.0),
@@ -346,11 +346,9 @@ def test_interpreted_operator_writes_all_results_and_nothing_else(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "options", [{}, dict(mixed_head=True, universal=True, output_scale="sqrt", karat_blocks="0-1")]
-)
+@pytest.mark.parametrize("options", [{}, dict(mixed_head=True, universal=True, output_scale="sqrt", karat_blocks="0")])
 def test_interpreted_model_is_the_definition(options, monkeypatch):
-    model = timm.create_model("vit_micro_patch8_32_karat", num_classes=10, depth=2, embed_dim=32, grid=1, **options)
+    model = timm.create_model("vit_micro_patch8_32_karat", num_classes=10, depth=1, embed_dim=32, grid=1, **options)
     images, calls = torch.randn(1, 3, 32, 32), []
     forward = launches.forward
     monkeypatch.setattr(launches, "forward", lambda *args: calls.append(args) or forward(*args))
@@ -362,7 +360,7 @@ def test_interpreted_model_is_the_definition(options, monkeypatch):
         return {"out": out.detach(), **{n: p.grad for n, p in run.named_parameters() if p.requires_grad}}
 
     found = gradients(model)
-    assert len(calls) == 2
+    assert len(calls) == 1
     again = copy.deepcopy(model)
     again.set_grad_checkpointing(True)
     compiled = copy.deepcopy(model)
@@ -370,7 +368,7 @@ def test_interpreted_model_is_the_definition(options, monkeypatch):
     others = {"checkpoint": gradients(again), "compiled": gradients(compiled)}
     monkeypatch.delitem(operators.DEVICES, "cpu")
     want = gradients(copy.deepcopy(model).double(), images.double())
-    assert len(calls) >= 6
+    assert len(calls) >= 3
     for name in want:
         assert error(found[name], want[name]) < 1e-5, name
         for kind, other in others.items():
@@ -428,10 +426,8 @@ def test_interpreted_paths_agree():
         watched = results(tensors, basis)
     assert {"kan.attention.default", "kan.attention_backward.default"} <= Watch.seen
     others = {"watched": watched}
-    for backend in ("eager", "aot_eager"):
-        torch.compiler.reset()
-        run = torch.compile(attention, fullgraph=True, backend=backend, dynamic=backend == "eager")
-        others[backend] = results(tensors, basis, function=run)
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    others["compiled"] = results(tensors, basis, function=run)
     others["checkpoint"] = results(
         tensors, basis, function=lambda *arguments: checkpoint(attention, *arguments, use_reentrant=False)
     )
