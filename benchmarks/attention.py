@@ -1,8 +1,8 @@
 """Time and memory of Kolmogorov-Arnold attention beside softmax attention, forward, and forward and backward.
 
     python benchmarks/attention.py [--shapes 128x3x197 64x3x1025] [--dtype bf16] [--out rows.jsonl]
-"kernels" and "plain" are kan_basis.fourier_attention with --kernel cuda and torch, "SDPA" is torch's FlashAttention (for
-fp32 its memory-efficient attention).
+"kernels" and "plain" are kan_basis.fourier_attention with --kernel cuda and torch. "SDPA" is torch's FlashAttention,
+with fp32 its memory-efficient attention.
 ms: replay of a CUDA graph of the call, which is GPU time without gaps of the host; eager ms: the call itself.
 MiB: what the eager call allocates at most, with its results. Ratios are to SDPA in the same pass. Wrong kernels are an
 error.
@@ -35,9 +35,8 @@ def inputs(shape: tuple[int, int, int], options: argparse.Namespace) -> tuple[li
     coefficients = torch.randn(h, options.rank, N, 2 * options.grid, device="cuda")
     projector = torch.randn(h, N, options.rank, device="cuda") * N**-0.5
     tensors = [*qkv.permute(2, 0, 3, 1, 4), coefficients, projector]
-    return [t.detach().requires_grad_() for t in tensors], torch.randn(
-        B, N, h, d, device="cuda", dtype=dtype
-    ).transpose(1, 2)
+    grad = torch.randn(B, N, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+    return [t.detach().requires_grad_() for t in tensors], grad
 
 
 def kolmogorov_arnold(kernel: str, *tensors: Tensor) -> Tensor:
