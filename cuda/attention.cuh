@@ -34,16 +34,16 @@ struct Sizes {
     float scale, low, step;
 };
 
-// F features of x (8 per lane), of which the last is the base function, if there is one. `use` gets each one and its 8
+// F features of scale x (8 per lane), of which the last is the base function, if there is one. `use` gets each one and its 8
 // values or derivatives.
 template <typename BASIS, typename BASE, int F, bool VALUES, bool DERIVATIVES, typename Use>
-__device__ __forceinline__ void for_features(const float (*x)[4], const Sizes& size, Use use) {
+__device__ __forceinline__ void for_features(const float (*x)[4], const Sizes& size, float scale, Use use) {
     constexpr int P = BASE::NONE ? F : F - 1;
     BASIS state[8];
     float scaled[8], values[2][4], derivatives[2][4];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        scaled[i] = x[i / 4][i % 4] * size.scale;
+        scaled[i] = x[i / 4][i % 4] * scale;
         state[i].start(scaled[i], size.low, size.step);
     }
 #pragma unroll
@@ -56,6 +56,12 @@ __device__ __forceinline__ void for_features(const float (*x)[4], const Sizes& s
         }
         use(f, values, derivatives);
     }
+}
+
+template <typename T, int D> __device__ __forceinline__ void scale_operands(unsigned (*a)[4], float scale) {
+    const unsigned pair = pack<T>(scale, scale);
+#pragma unroll
+    for (int i = 0; i < D / 4; i++) a[i / 4][i % 4] = multiply_pairs<T>(a[i / 4][i % 4], pair);
 }
 
 // x of 16 rows, whose operands are `a`, and 16 tokens from `b` in shared memory.

@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
 }
 
 // dq. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of an image.
-template <typename T, typename BASIS, typename BASE, int F, int D>
+// EXACT: the scale is a power of two.
+template <typename T, typename BASIS, typename BASE, int F, int D, bool EXACT>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
     Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
 #pragma unroll
             for (int j = 0; j < D / 16; j++) load_operand<true, true>(operands[j], queries + j * 16, WIDTH);
             load_operand<true, true>(grad, grads, NARROW);
+            if (EXACT) scale_operands<T, D>(operands, size.scale);
             __syncwarp();
             copy_queries(m + 16 * warps);
             for (int n = 0; n < size.N; n += 16) {
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
                 unsigned a[4], r[4];
                 scores<D>(x, operands, group.tokens + n * WIDTH);
                 for_features<BASIS, BASE, F, false, true>(
-                    x, size, [&](int f, const float (*)[4], const float (*derivative)[4]) {
+                    x, size, EXACT ? 1.0f : size.scale, [&](int f, const float (*)[4], const float (*derivative)[4]) {
                         float c[2][4];
                         load_operand<false, true>(r, group.table + n * PACKED + f * RANK, PACKED);
                         multiply<T>(c, grad, r);
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS) attention_backward_key_
             load_operand<false, true>(r, grads + i * NARROW, NARROW);
             load_operand<false, false>(by_rows, grads + i * NARROW, NARROW);
             for_features<BASIS, BASE, F, true, true>(
-                x, size, [&](int f, const float (*value)[4], const float (*derivative)[4]) {
+                x, size, size.scale, [&](int f, const float (*value)[4], const float (*derivative)[4]) {
                     float c[2][4];
                     multiply<T>(c, coefficients[f][0], r);
                     pack_tiles<T>(a, value);

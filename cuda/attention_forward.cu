@@ -2,27 +2,23 @@
 #include "attention.cuh"
 
 // z, W^T V and out. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of
-// an image.
-template <typename T, typename BASIS, typename BASE, int F, int D>
+// an image. EXACT: the scale is a power of two.
+template <typename T, typename BASIS, typename BASE, int F, int D, bool EXACT>
 __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
     Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, const T* packed, T* values, T* z, Matrix<T> out, Sizes size,
     int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8;
-    const Group<F + 1, D, T> group(reinterpret_cast<T*>(shared), size, warps, (RANK + 16 * warps) * WIDTH);
+    const Group<F + 1, D, T> group(reinterpret_cast<T*>(shared), size, warps, RANK * WIDTH);
     constexpr int PACKED = group.PACKED;
     const int h = group.head, rows = ((size.N + blocks - 1) / blocks + 15) / 16 * 16;
-    T *projected = group.more, *queries = projected + (RANK + 16 * group.warp) * WIDTH;  // W^T V, and rows of the warp
+    T* projected = group.more;  // W^T V
 
     copy_packed<F, PACKED>(group.table, packed, h, 2 * F + 1, 0, size);
     copy_packed<1, PACKED>(group.table + F * RANK, packed, h, 2 * F + 1, 2 * F, size);
     if (group.first >= size.B * blocks) group.wait(true);
     for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
         const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows), bh = b * size.H + h;
-        auto copy_queries = [&](int m) {
-            copy_rows<D>(queries, WIDTH, q.at(b, h, m), q.row, 16, last - m, size.d, threadIdx.x % 32, 32);
-            commit_copies();
-        };
         group.copy_tokens(v, b);
         group.wait(turn == group.first);  // at first for the coefficients, too
         for (int tile = group.warp; tile < D / 16; tile += warps) {  // 16 columns of W^T V
@@ -39,22 +35,17 @@ __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
         }
         group.wait();
         group.copy_tokens(k, b);
-        copy_queries(first + group.warp * 16);
         group.wait();
         for (int m = first + group.warp * 16; m < last; m += 16 * warps) {
             unsigned operands[D / 16][4], a[4], r[4];
             float sums[2][4] = {};
-            wait_copies<0>();
-            __syncwarp();
-#pragma unroll
-            for (int j = 0; j < D / 16; j++) load_operand<true, true>(operands[j], queries + j * 16, WIDTH);
-            __syncwarp();
-            copy_queries(m + 16 * warps);
+            load_rows<D>(operands, q.at(b, h, m), q.row, last - m, size.d);
+            if (EXACT) scale_operands<T, D>(operands, size.scale);
             for (int n = 0; n < size.N; n += 16) {
                 float x[2][4];
                 scores<D>(x, operands, group.tokens + n * WIDTH);
                 for_features<BASIS, BASE, F, true, false>(
-                    x, size, [&](int f, const float (*value)[4], const float (*)[4]) {
+                    x, size, EXACT ? 1.0f : size.scale, [&](int f, const float (*value)[4], const float (*)[4]) {
                         load_operand<false, false>(r, group.table + n * PACKED + f * RANK, PACKED);
                         pack_tiles<T>(a, value);
                         multiply_add<T>(sums, a, r);

@@ -48,6 +48,11 @@ def _gpu(device: int) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
+def _exact(scale: float) -> str:
+    """Template argument: whether the scale is a power of two, so that q can be multiplied by it without rounding."""
+    return f", {str(math.frexp(scale)[0] == 0.5).lower()}"
+
+
 def _up(size: int, unit: int = 16) -> int:
     return math.ceil(size / unit) * unit
 
@@ -103,9 +108,9 @@ def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, bas
     F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
     chunk, row = _up(N), 2 * (D + 8)
     table = 2 * chunk * ((F + 1) * RANK + 8)
-    grid = _grid(B, H, N, table, 20, (chunk + RANK) * row, 16 * row, device)
+    grid = _grid(B, H, N, table, 20, (chunk + RANK) * row, 0, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
-    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device)
+    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, _exact(scale))
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
         values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
@@ -126,7 +131,7 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
     chunk, row = _up(N), 2 * (D + 8)
     table = 2 * chunk * (F * RANK + 8)
     grid = _grid(B, H, N, table, 16, chunk * row, 16 * (row + 2 * (RANK + 8)), device)
-    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device)
+    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, _exact(scale))
     kernel(
         grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
         *_matrix(dq), *sizes, chunk, scale, low, step, grid.warps, grid.row_blocks,

@@ -15,6 +15,17 @@ template <> __device__ __forceinline__ unsigned pack<__half>(float low, float hi
     return *reinterpret_cast<const unsigned*>(&pair);
 }
 
+template <typename T> __device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b);
+template <> __device__ __forceinline__ unsigned multiply_pairs<__nv_bfloat16>(unsigned a, unsigned b) {
+    const __nv_bfloat162 c =
+        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const unsigned*>(&c);
+}
+template <> __device__ __forceinline__ unsigned multiply_pairs<__half>(unsigned a, unsigned b) {
+    const __half2 c = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    return *reinterpret_cast<const unsigned*>(&c);
+}
+
 // a b and c += a b: a 16 x 16 in rows, b 16 x 8 in columns.
 #define MMA(TYPE) "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
 #define MMA_FUNCTIONS(NAME, TYPE)                                                                                      \
