@@ -172,21 +172,21 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options, base_fn, dropout, expected",
+    "options, base_fn, dropout, expected, linear",
     [
-        ({}, None, 0.0, {"edge_attention"}),
-        ({"output_scale": "learned"}, None, 0.0, {"edge_attention"}),
-        ({}, torch.nn.SiLU(), 0.0, {"edges"}),
-        ({}, None, 0.5, {"edges"}),
-        ({"project_l1": True}, None, 0.0, {"edges"}),
-        ({"mode": "w1_phi2"}, None, 0.0, {"edges"}),
-        ({"depth": 3}, None, 0.0, {"edges"}),
-        ({"depth": 1}, None, 0.0, {"edges"}),
-        ({"modular": False}, None, 0.0, {"edges"}),
+        ({}, None, 0.0, {"edge_attention"}, {"attention"}),
+        ({"output_scale": "learned"}, None, 0.0, {"edge_attention"}, {"attention"}),
+        ({}, torch.nn.SiLU(), 0.0, {"edges"}, {"attention"}),
+        ({}, None, 0.5, {"edges"}, set()),
+        ({"project_l1": True}, None, 0.0, {"edges"}, set()),
+        ({"mode": "w1_phi2"}, None, 0.0, {"edges"}, set()),
+        ({"depth": 3}, None, 0.0, {"edges"}, set()),
+        ({"depth": 1}, None, 0.0, {"edges"}, set()),
+        ({"modular": False}, None, 0.0, {"edges"}, set()),
     ],
 )
 @pytest.mark.parametrize("name", ["rational", "wavelet", "fourier"])
-def test_which_attention_takes_which_operator(name, options, base_fn, dropout, expected, choose):
+def test_which_attention_takes_which_operator(name, options, base_fn, dropout, expected, linear, choose):
     choose("cuda")
     with FakeTensorMode(), Calls() as calls:
         operator = KArAtOperator(5, 2, make_basis(name), 3, base_fn=base_fn, device="cuda", **options)
@@ -194,7 +194,7 @@ def test_which_attention_takes_which_operator(name, options, base_fn, dropout, e
         attention.set_operator(operator)
         q, k, v = (torch.empty(4, 2, 5, 8, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
         assert attention.apply_operator(operator, q, k, v).shape == v.shape
-    assert calls.names == (set() if name == "fourier" else expected)
+    assert calls.names == (linear if name == "fourier" else expected)
 
 
 @pytest.mark.parametrize(
