@@ -17,7 +17,7 @@
 // Sums     Every output has one writer. dA and dW of the parts of the batch, and d(W^T V) of the blocks of rows, are
 //          added in a fixed order: equal inputs give equal bits.
 #pragma once
-#include "features.h"
+#include "attention_features.h"
 #include "mma.cuh"
 
 #define RANK 16
