@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import attention_mma, launch
+from . import attention_mma
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BASES = ("fourier", "chebyshev", "radial", "spline")

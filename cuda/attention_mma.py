@@ -34,7 +34,7 @@ def takes(*tensors: Tensor, rank: int, features: int) -> bool:
         and d <= MAX_CHANNELS
         and d % 8 == 0
         and N <= MAX_TOKENS
-        and B * h * N < 1 << 24  # rows of 16 numbers, of which there may be 2^31
+        and B * h * N < 1 << 31
         and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:3]) for t in tensors)
         and grids(B, h, N, d, features, q.get_device()) is not None
     )
@@ -120,7 +120,7 @@ def grids(B: int, H: int, N: int, d: int, F: int, device: int) -> tuple[Grid, Gr
 
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
-    F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
+    F, device = packed.shape[1] // 2, q.get_device()
     grid, _ = grids(B, H, N, d, F, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
     kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, _exact(scale))

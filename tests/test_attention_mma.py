@@ -1,8 +1,11 @@
-"""The tensor-core kernels of attention (attention.cuh), without a GPU: they are compiled, the arithmetic of the features
-runs on the host, and grids are planned."""
+"""The tensor-core kernels of attention (attention.cuh) without a GPU.
+
+They are compiled, the arithmetic of the features runs on the host, and grids are planned.
+"""
 
 import ctypes
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -145,6 +148,6 @@ def test_grids_hold_every_row_once(shared, monkeypatch):
         for grid, warps in zip(grids, (20, 16)):
             assert grid.blocks % h == 0 and grid.blocks > 0 and grid.shared <= shared << 10
             assert 1 <= grid.groups <= 15 and grid.warps * grid.groups <= warps
-            rows = -(-(-(-N // grid.row_blocks)) // 16) * 16
+            rows = math.ceil(math.ceil(N / grid.row_blocks) / 16) * 16
             assert rows * grid.row_blocks >= N
     mma.grids.cache_clear()
