@@ -106,8 +106,20 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
     s = Shapes(q, projector.shape[-1], coefficients.shape[1], basis, order, base)
     packed = q.new_empty(s.H, 2 * s.F + 1, s.padded, s.R)
     kernels.pack_kernel[(s.padded // ROWS, 2 * s.F + 1, s.H)](
-        coefficients, projector, packed, *coefficients.stride(), *projector.stride(), s.N, s.padded, s.rank,
-        P=s.function["P"], F=s.F, BASIS=basis, R=s.R, BLOCK=ROWS, num_warps=2,
+        coefficients,
+        projector,
+        packed,
+        *coefficients.stride(),
+        *projector.stride(),
+        s.N,
+        s.padded,
+        s.rank,
+        P=s.function["P"],
+        F=s.F,
+        BASIS=basis,
+        R=s.R,
+        BLOCK=ROWS,
+        num_warps=2,
     )
     values, z = q.new_empty(s.B, s.H, s.R, s.D), q.new_empty(s.B, s.H, s.N, s.R)
     out = _heads_last(q)
@@ -119,8 +131,24 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
     )
     config = FORWARD
     kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]) * s.B * s.H,)](
-        q, k, packed, values, z, out, *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], s.N, s.padded, s.H, scale,
-        low, step, **s.function, **s.sizes, **config,
+        q,
+        k,
+        packed,
+        values,
+        z,
+        out,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *out.stride()[:3],
+        s.N,
+        s.padded,
+        s.H,
+        scale,
+        low,
+        step,
+        **s.function,
+        **s.sizes,
+        **config,
     )
     return out, z, values, packed
 
@@ -140,8 +168,28 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     blocks = math.ceil(s.N / config["BLOCK_M"])
     parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
     kernels.backward_query_kernel[(blocks * s.B * s.H,)](
-        grad, q, k, packed, values, z, dz, parts, dq, *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *dq.stride()[:3], s.N, s.padded, s.H, scale, low, step, **s.function, **s.sizes, **config,
+        grad,
+        q,
+        k,
+        packed,
+        values,
+        z,
+        dz,
+        parts,
+        dq,
+        *grad.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *dq.stride()[:3],
+        s.N,
+        s.padded,
+        s.H,
+        scale,
+        low,
+        step,
+        **s.function,
+        **s.sizes,
+        **config,
     )
     config = BACKWARD_KEY
     # 12 blocks for each multiprocessor
@@ -151,9 +199,33 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     sums = q.new_empty(number, s.H, s.F + 1, s.padded, s.R, dtype=torch.float32)
     for first in range(0, s.F, MAX_SUMS):
         kernels.backward_key_kernel[(math.ceil(s.N / config["BLOCK_N"]), s.H, number)](
-            q, k, v, packed, dz, parts, dk, dv, sums, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *dk.stride()[:3], s.B, s.N, s.padded, s.H, images, blocks, scale, low, step, **s.function, **s.sizes,
-            FIRST=first, COUNT=min(MAX_SUMS, s.F - first), **config,
+            q,
+            k,
+            v,
+            packed,
+            dz,
+            parts,
+            dk,
+            dv,
+            sums,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *dk.stride()[:3],
+            s.B,
+            s.N,
+            s.padded,
+            s.H,
+            images,
+            blocks,
+            scale,
+            low,
+            step,
+            **s.function,
+            **s.sizes,
+            FIRST=first,
+            COUNT=min(MAX_SUMS, s.F - first),
+            **config,
         )
     sums = sums.sum(0)[..., : s.N, :rank]
     return dq, dk, dv, sums[:, : s.F], sums[:, s.F]

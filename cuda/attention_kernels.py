@@ -190,8 +190,26 @@ def _scores(a, b, scale):
 
 
 @triton.jit
-def pack_kernel(A, W, TARGET, sah, saf, san, sap, swh, swn, swp, N, PADDED, r, P: tl.constexpr, F: tl.constexpr,
-                BASIS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+def pack_kernel(
+    A,
+    W,
+    TARGET,
+    sah,
+    saf,
+    san,
+    sap,
+    swh,
+    swn,
+    swp,
+    N,
+    PADDED,
+    r,
+    P: tl.constexpr,
+    F: tl.constexpr,
+    BASIS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Coefficients (h, F, N, r) and projector (h, N, r) -> (h, 2 F + 1, N', R): A in the order of the features, A times
     the weights of the derivatives, and W."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -219,8 +237,22 @@ def pack_kernel(A, W, TARGET, sah, saf, san, sap, swh, swn, swp, N, PADDED, r, P
 
 
 @triton.jit
-def project_kernel(V, PACKED, VALUES, svb, svh, svn, N, PADDED, H, F: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+def project_kernel(
+    V,
+    PACKED,
+    VALUES,
+    svb,
+    svh,
+    svn,
+    N,
+    PADDED,
+    H,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """W^T V of each head: (B, h, R, d)."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
@@ -235,10 +267,40 @@ def project_kernel(V, PACKED, VALUES, svb, svh, svn, N, PADDED, H, F: tl.constex
 
 
 @triton.jit
-def forward_kernel(Q, K, PACKED, VALUES, Z, OUT, sqb, sqh, sqn, skb, skh, skn, sob, soh, son, N, PADDED, H, scale, low,
-                   step, P: tl.constexpr, F: tl.constexpr, ORDER: tl.constexpr, BASIS: tl.constexpr,
-                   BASE: tl.constexpr, FAST: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def forward_kernel(
+    Q,
+    K,
+    PACKED,
+    VALUES,
+    Z,
+    OUT,
+    sqb,
+    sqh,
+    sqn,
+    skb,
+    skh,
+    skn,
+    sob,
+    soh,
+    son,
+    N,
+    PADDED,
+    H,
+    scale,
+    low,
+    step,
+    P: tl.constexpr,
+    F: tl.constexpr,
+    ORDER: tl.constexpr,
+    BASIS: tl.constexpr,
+    BASE: tl.constexpr,
+    FAST: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     blocks = tl.cdiv(N, BLOCK_M)  # One dimension of the grid: the second one ends at 65,535.
     bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h = bh // H, bh % H
@@ -262,11 +324,46 @@ def forward_kernel(Q, K, PACKED, VALUES, Z, OUT, sqb, sqh, sqn, skb, skh, skn, s
 
 
 @triton.jit
-def backward_query_kernel(GRAD, Q, K, PACKED, VALUES, Z, DZ, PARTS, DQ, sgb, sgh, sgn, sqb, sqh, sqn, skb, skh, skn,
-                          sob, soh, son, N, PADDED, H, scale, low, step, P: tl.constexpr, F: tl.constexpr,
-                          ORDER: tl.constexpr, BASIS: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr,
-                          D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-                          BLOCK_N: tl.constexpr):
+def backward_query_kernel(
+    GRAD,
+    Q,
+    K,
+    PACKED,
+    VALUES,
+    Z,
+    DZ,
+    PARTS,
+    DQ,
+    sgb,
+    sgh,
+    sgn,
+    sqb,
+    sqh,
+    sqn,
+    skb,
+    skh,
+    skn,
+    sob,
+    soh,
+    son,
+    N,
+    PADDED,
+    H,
+    scale,
+    low,
+    step,
+    P: tl.constexpr,
+    F: tl.constexpr,
+    ORDER: tl.constexpr,
+    BASIS: tl.constexpr,
+    BASE: tl.constexpr,
+    FAST: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """dq, dz, and d(W^T V) of the rows of this block, (B, h, blocks, R, d) in float32."""
     blocks = tl.cdiv(N, BLOCK_M)  # One dimension of the grid: the second one ends at 65,535.
     bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -305,11 +402,51 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def backward_key_kernel(Q, K, V, PACKED, DZ, PARTS, DK, DV, SUMS, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh,
-                        son, B, N, PADDED, H, images, blocks, scale, low, step, P: tl.constexpr, F: tl.constexpr,
-                        ORDER: tl.constexpr, BASIS: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr,
-                        D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-                        BLOCK_N: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+def backward_key_kernel(
+    Q,
+    K,
+    V,
+    PACKED,
+    DZ,
+    PARTS,
+    DK,
+    DV,
+    SUMS,
+    sqb,
+    sqh,
+    sqn,
+    skb,
+    skh,
+    skn,
+    svb,
+    svh,
+    svn,
+    sob,
+    soh,
+    son,
+    B,
+    N,
+    PADDED,
+    H,
+    images,
+    blocks,
+    scale,
+    low,
+    step,
+    P: tl.constexpr,
+    F: tl.constexpr,
+    ORDER: tl.constexpr,
+    BASIS: tl.constexpr,
+    BASE: tl.constexpr,
+    FAST: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+):
     """dk and dv of a block of tokens, and dA and dW summed over a part of the batch, (parts, h, F + 1, N', R).
 
     dA of the features FIRST .. FIRST + COUNT - 1; dk, dv and dW if FIRST is 0.

@@ -25,15 +25,18 @@ KEY_CHUNK = 80
 def takes(*tensors: Tensor, rank: int, features: int) -> bool:
     """Whether the kernels take q, k, v and other tensors (B, h, N, d) with this rank and number of features."""
     q = tensors[0]
+    B, h, N, d = q.shape
     return (
         q.dtype in TYPES
         and q.is_cuda
         and rank <= RANK
         and features <= MAX_FEATURES
-        and q.shape[-1] <= MAX_CHANNELS
-        and q.shape[-1] % 8 == 0
-        and q.shape[-2] <= MAX_TOKENS
+        and d <= MAX_CHANNELS
+        and d % 8 == 0
+        and N <= MAX_TOKENS
+        and B * h * N < 1 << 31
         and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:3]) for t in tensors)
+        and grids(B, h, N, d, features, q.get_device()) is not None
     )
 
 
@@ -81,9 +84,8 @@ class Grid(NamedTuple):
     shared: int  # bytes
 
 
-@lru_cache(maxsize=4096)
-def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp: int, device: int) -> Grid:
-    """How groups of warps share B images of N rows for each of H heads.
+def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp: int, device: int) -> Grid | None:
+    """How groups of warps share B images of N rows for each of H heads; None if there is too little shared memory.
 
     Args:
         most: warps of a block.
@@ -93,6 +95,8 @@ def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp:
     warps = min(GROUP, tiles)
     of_group += warps * of_warp
     groups = min(most // warps, (shared - table) // of_group, 15)  # there are 15 named barriers
+    if groups < 1:
+        return None
     blocks = max(1, multiprocessors // H)
 
     def time(row_blocks: int) -> float:  # in rounds of 16 rows for each warp, and what it takes to begin
@@ -103,18 +107,44 @@ def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp:
     return Grid(min(blocks, B * row_blocks) * H, warps, groups, row_blocks, table + groups * of_group)
 
 
+@lru_cache(maxsize=4096)
+def grids(B: int, H: int, N: int, d: int, F: int, device: int) -> tuple[Grid, Grid] | None:
+    """The grids of the forward kernel and of the kernel for dq, None if there is too little shared memory."""
+    chunk, row = _up(N), 2 * (_up(d) + 8)
+    found = (
+        _grid(B, H, N, 2 * chunk * ((F + 1) * RANK + 8), 20, (chunk + RANK) * row, 0, device),
+        _grid(B, H, N, 2 * chunk * (F * RANK + 8), 16, chunk * row, 16 * (row + 2 * (RANK + 8)), device),
+    )
+    return None if None in found else found
+
+
 def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
     B, H, N, d = q.shape
-    F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
-    chunk, row = _up(N), 2 * (D + 8)
-    table = 2 * chunk * ((F + 1) * RANK + 8)
-    grid = _grid(B, H, N, table, 20, (chunk + RANK) * row, 0, device)
+    F, device = packed.shape[1] // 2, q.get_device()
+    grid, _ = grids(B, H, N, d, F, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
     kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, _exact(scale))
     kernel(
-        grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(),
-        values.data_ptr(), z.data_ptr(), *_matrix(out), B, H, N, d, packed.shape[2], chunk, scale, low, step,
-        grid.warps, grid.row_blocks,
+        grid.blocks,
+        32 * grid.warps * grid.groups,
+        *_matrix(q),
+        *_matrix(k),
+        *_matrix(v),
+        packed.data_ptr(),
+        values.data_ptr(),
+        z.data_ptr(),
+        *_matrix(out),
+        B,
+        H,
+        N,
+        d,
+        packed.shape[2],
+        _up(N),
+        scale,
+        low,
+        step,
+        grid.warps,
+        grid.row_blocks,
     )
 
 
@@ -125,16 +155,38 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
     dvalues, chunk = torch.empty_like(values), _up(N)
     kernel = _values_kernel(MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
     kernel(
-        B * H, 2 * D, *_matrix(grad), values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr(), *sizes, chunk,
-        scale, low, step,
+        B * H,
+        2 * D,
+        *_matrix(grad),
+        values.data_ptr(),
+        z.data_ptr(),
+        dz.data_ptr(),
+        dvalues.data_ptr(),
+        *sizes,
+        chunk,
+        scale,
+        low,
+        step,
     )
-    chunk, row = _up(N), 2 * (D + 8)
-    table = 2 * chunk * (F * RANK + 8)
-    grid = _grid(B, H, N, table, 16, chunk * row, 16 * (row + 2 * (RANK + 8)), device)
-    kernel = _kernel("backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, _exact(scale))
+    _, grid = grids(B, H, N, d, F, device)
+    kernel = _kernel(
+        "backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, _exact(scale)
+    )
     kernel(
-        grid.blocks, 32 * grid.warps * grid.groups, *_matrix(q), *_matrix(k), packed.data_ptr(), dz.data_ptr(),
-        *_matrix(dq), *sizes, chunk, scale, low, step, grid.warps, grid.row_blocks,
+        grid.blocks,
+        32 * grid.warps * grid.groups,
+        *_matrix(q),
+        *_matrix(k),
+        packed.data_ptr(),
+        dz.data_ptr(),
+        *_matrix(dq),
+        *sizes,
+        chunk,
+        scale,
+        low,
+        step,
+        grid.warps,
+        grid.row_blocks,
     )
     key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps = math.ceil(math.ceil(N / 16) / key_blocks)
@@ -147,7 +199,22 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
     types = MATRIX * 3 + "PPP" + MATRIX * 2 + "P" + SIZES + "i"
     kernel = _kernel("backward_key", types, *common, shared, device, f", {KEY_WARPS}")
     kernel(
-        number * H * key_blocks, 32 * warps, *_matrix(q), *_matrix(k), *_matrix(v), packed.data_ptr(), dz.data_ptr(),
-        dvalues.data_ptr(), *_matrix(dk), *_matrix(dv), sums.data_ptr(), *sizes, chunk, scale, low, step, images,
+        number * H * key_blocks,
+        32 * warps,
+        *_matrix(q),
+        *_matrix(k),
+        *_matrix(v),
+        packed.data_ptr(),
+        dz.data_ptr(),
+        dvalues.data_ptr(),
+        *_matrix(dk),
+        *_matrix(dv),
+        sums.data_ptr(),
+        *sizes,
+        chunk,
+        scale,
+        low,
+        step,
+        images,
     )
     return sums

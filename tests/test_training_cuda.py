@@ -21,14 +21,15 @@ def tree(tmp_path_factory):
     return folder
 
 
-def flags(folder):
-    return f"""--model kat_tiny_patch16_224 --data-set IMNET --data-path {folder} --check-images off --train-subset 640
+def flags(folder, model="kat_tiny_patch16_224"):
+    return f"""--model {model} --data-set IMNET --data-path {folder} --check-images off --train-subset 640
     --batch-size 32 --epochs 1 --lr 1e-3 --unscale-lr --warmup-epochs 1 --no-repeated-aug --aa none --color-jitter 0
     --reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --device cuda""".split()
 
 
 @pytest.mark.gpu
-def test_first_20_losses_are_those_of_the_definition(tree, monkeypatch):
+@pytest.mark.parametrize("model", ["kat_tiny_patch16_224", "vit_tiny_patch16_224_karat"])
+def test_first_20_losses_are_those_of_the_definition(tree, monkeypatch, model):
     """In float32, at the initial learning rate of the warm-up, 1e-6.
 
     At 1e-5 training is chaotic: two runs of the definition, one of them with rational functions in float64, differ
@@ -46,7 +47,7 @@ def test_first_20_losses_are_those_of_the_definition(tree, monkeypatch):
 
         monkeypatch.setattr(training, "build_criterion", build_criterion)
         try:
-            assert call(*flags(tree), "--amp", "off", "--kernel", kernel) == 0
+            assert call(*flags(tree, model), "--amp", "off", "--kernel", kernel) == 0
         finally:
             use_kernel("auto")
     assert len(losses["cuda"]) == len(losses["torch"]) == 20 and losses["cuda"] != losses["torch"]
@@ -59,7 +60,8 @@ MICRO = ("--model", "kat_micro_patch4_32", "--input-size", "32", "--batch-size",
 
 
 @pytest.mark.gpu
-def test_compiled_training_resumes_to_the_bit_and_agrees(tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["kat_micro_patch4_32", "kat_micro_patch4_32_karat"])
+def test_compiled_training_resumes_to_the_bit_and_agrees(tree, tmp_path, monkeypatch, model):
     """With CUDA graphs: a resumed run records graphs in steps in which the straight run replays them."""
     run = main.train_one_epoch
     stopped = iter((False, True))
@@ -70,7 +72,8 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(tree, tmp_path, monkeyp
             raise KeyboardInterrupt
         return result
 
-    compiled = (*flags(tree), *MICRO, "--compile", "--drop-path", "0.2", "--drop", "0.1", "--epochs", "2")
+    micro = (*flags(tree), *MICRO, "--model", model)
+    compiled = (*micro, "--compile", "--drop-path", "0.2", "--drop", "0.1", "--epochs", "2")
     assert call(*compiled, "--output-dir", tmp_path / "straight") == 0
     torch.compiler.reset()
     monkeypatch.setattr(main, "train_one_epoch", stop_in_second_epoch)
@@ -81,7 +84,7 @@ def test_compiled_training_resumes_to_the_bit_and_agrees(tree, tmp_path, monkeyp
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     torch.compiler.reset()
     for name, options in (("eager", ()), ("compiled", ("--compile",))):
-        assert call(*flags(tree), *MICRO, *options, "--output-dir", tmp_path / name) == 0
+        assert call(*micro, *options, "--output-dir", tmp_path / name) == 0
     eager, graphs = (log(tmp_path / name)[0]["train_loss"] for name in ("eager", "compiled"))
     assert abs(eager - graphs) < 0.01, (eager, graphs)
 
