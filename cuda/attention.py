@@ -1,7 +1,7 @@
-"""The operators kan::attention and kan::attention_backward, on the Triton kernels of attention_kernels.py.
+"""Launches of the kernels of kan::attention and kan::attention_backward, in Triton and, by attention_mma.py, in CUDA.
 
-Triton is imported at the first launch. Fake kernels make the operators opaque to torch.compile and torch.export. The
-definition and the checks of arguments are in kan_basis/attention.py.
+Triton is imported at the first launch. The operators are registered in attention_operator.py. The definition and the
+checks of arguments are in kan_basis/attention.py.
 """
 
 import importlib
