@@ -27,7 +27,7 @@ FUNCTIONS = (
 MAX_DEGREE = 8
 OLDEST_TRITON = (3, 3)
 # Bytes of the scores of one chunk of images.
-CHUNK = 32 << 20
+CHUNK = 128 << 20
 # torch.bmm(..., out_dtype=torch.float32) exists for CUDA tensors only.
 _FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 _HALF = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ FORWARD = 256, 2  # rows of a program, warps
 # Columns of a program, warps, rows in one step and registers of a thread for up to K coefficients. With fewer registers
 # than it wants, the compiler spills some.
 BACKWARD = {3: (32, 1, 4, 96), 10: (32, 1, 4, 168), 17: (32, 1, 1, 255)}
-PROGRAMS = 12  # of the backward kernel on a multiprocessor
+PROGRAMS = 8  # of the backward kernel on a multiprocessor
 OPTIONS = {"enable_fp_fusion": True}  # products and sums are fused, whatever the default of the version
 
 
