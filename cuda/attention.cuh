@@ -4,7 +4,7 @@
 //   x = scale q k^T,   z[m, p] = sum_n sum_f F_f(x[m, n]) A[f, n, p],   out = z (W^T V)
 //
 // Layout   q, k, v, out and their gradients: (B, h, N, d) with any strides that are multiples of 8, 1 in d. packed:
-//          (h, 2 F + 1, padded, 16) from attention_kernels.py, that is A, A with the factors of the derivatives, and W,
+//          (h, 2 F + 1, padded, 16) from attention_pack_kernel, that is A, A with the factors of the derivatives, and W,
 //          0 in the padding. z, dz: (B, h, N, 16). Tiles of x have 16 x 16 elements and live in registers.
 // Types    operands T, sums and x float.
 // Work     of a warp for 16 x 16 scores, F = 6, d = 64, in instructions: forward 20 products (mma.m16n8k16), 16 sines

@@ -101,8 +101,11 @@ BACKWARD_KEY = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2)
 
 
 def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, base):
-    kernels = _kernels()
     q, k, v = map(_strided, (q, k, v))
+    function = scale, basis, order, low, step, base
+    if attention_mma.takes(q, k, v, rank=projector.shape[-1], features=coefficients.shape[1]):
+        return attention_mma.forward(q, k, v, coefficients, projector, *function)
+    kernels = _kernels()
     s = Shapes(q, projector.shape[-1], coefficients.shape[1], basis, order, base)
     packed = q.new_empty(s.H, 2 * s.F + 1, s.padded, s.R)
     kernels.pack_kernel[(s.padded // ROWS, 2 * s.F + 1, s.H)](
@@ -123,9 +126,6 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
     )
     values, z = q.new_empty(s.B, s.H, s.R, s.D), q.new_empty(s.B, s.H, s.N, s.R)
     out = _heads_last(q)
-    if attention_mma.takes(q, k, v, rank=s.rank, features=s.F):
-        attention_mma.forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base)
-        return out, z, values, packed
     kernels.project_kernel[(s.B * s.H,)](
         v, packed, values, *v.stride()[:3], s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
     )
@@ -154,16 +154,14 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
 
 
 def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, step, base):
-    kernels = _kernels()
     grad, q, k, v = map(_strided, (grad.to(q.dtype), q, k, v))
+    function = scale, basis, order, low, step, base
+    if attention_mma.takes(q, k, v, grad, rank=rank, features=packed.shape[1] // 2):
+        return attention_mma.backward(grad, q, k, v, z, values, packed, rank, *function)
+    kernels = _kernels()
     s = Shapes(q, rank, packed.shape[1] // 2, basis, order, base)
     dz = torch.empty_like(z)
     dq, dk, dv = (_heads_last(q) for _ in range(3))
-    if attention_mma.takes(q, k, v, grad, rank=rank, features=s.F):
-        sums = attention_mma.backward(
-            grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, order, low, step, base
-        ).sum(0)[..., : s.N, :rank]
-        return dq, dk, dv, sums[:, : s.F], sums[:, s.F]
     config = BACKWARD_QUERY
     blocks = math.ceil(s.N / config["BLOCK_M"])
     parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
@@ -227,5 +225,5 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
             COUNT=min(MAX_SUMS, s.F - first),
             **config,
         )
-    sums = sums.sum(0)[..., : s.N, :rank]
-    return dq, dk, dv, sums[:, : s.F], sums[:, s.F]
+    sums = sums[..., : s.N, :rank]
+    return dq, dk, dv, sums[:, :, : s.F].sum(0), sums[:, :, s.F].sum(0)

@@ -242,3 +242,20 @@ __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS) attention_backward_key_
         }
     }
 }
+
+// dA (h, F, N, r) and dW (h, N, r) from the sums of the parts of the batch. Grid: a thread for each element.
+__global__ void attention_finish_kernel(const float* sums, float* da, float* dw, int parts, int H, int F, int N, int padded,
+                                        int r) {
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    const int p = i % r, n = i / r % N, f = i / r / N % (F + 1), h = i / r / N / (F + 1);
+    if (h >= H) return;
+    const i64 part = (i64)H * (F + 1) * padded * RANK;
+    const float* source = sums + ((i64)(h * (F + 1) + f) * padded + n) * RANK + p;
+    float sum = 0;
+#pragma unroll 4
+    for (int j = 0; j < parts; j++) sum += source[j * part];
+    if (f < F)
+        da[((i64)(h * F + f) * N + n) * r + p] = sum;
+    else
+        dw[((i64)h * N + n) * r + p] = sum;
+}

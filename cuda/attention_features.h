@@ -39,8 +39,9 @@ struct Fourier {
     }
     HD float value(int f) const { return f % 2 ? s : c; }
     HD float derivative(int f) const { return f % 2 ? c : s; }
-    // The place of feature f among the P coefficients of the basis.
+    // The place of feature f among the P coefficients of the basis, and the factor of its derivative.
     template <int P> HD static int source(int f) { return f / 2 + f % 2 * (P / 2); }
+    HD static float factor(int f) { return f % 2 ? f / 2 + 1 : -(f / 2 + 1); }
     HD void advance(int f) {
         if (f % 2) {
             const float next_c = two * c - c0, next_s = two * s - s0;
@@ -61,6 +62,7 @@ struct Chebyshev {
     HD float value(int) const { return t; }
     HD float derivative(int) const { return u * slope; }
     template <int P> HD static int source(int f) { return f; }
+    HD static float factor(int f) { return f; }
     HD void advance(int) {
         const float next_t = two * t - t0, next_u = two * u - u0;
         t0 = t, t = next_t, u0 = u, u = next_u;
@@ -74,6 +76,7 @@ struct Radial {
     HD float value(int f) const { return exponential(-bounded(f) * bounded(f)); }
     HD float derivative(int f) const { return -2 * step * bounded(f) * value(f); }
     template <int P> HD static int source(int f) { return f; }
+    HD static float factor(int) { return 1; }
     HD void advance(int) {}
 };
 
@@ -103,6 +106,7 @@ struct Spline {
         return centred(f) >= 0 ? -slope : slope;
     }
     template <int P> HD static int source(int f) { return f; }
+    HD static float factor(int) { return 1; }
     HD void advance(int) {}
 };
 

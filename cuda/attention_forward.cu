@@ -1,5 +1,26 @@
-// Forward kernel of attention by functions that are linear in their coefficients; see attention.cuh.
+// Forward kernels of attention by functions that are linear in their coefficients; see attention.cuh.
 #include "attention.cuh"
+
+// packed, from the coefficients (h, F, N, r) and W (h, N, r) with any strides. Grid: a thread for each element.
+template <typename T, typename BASIS, typename BASE, int F>
+__global__ void attention_pack_kernel(Matrix<const float> a, i64 a_rank, const float* w, i64 w_head, i64 w_row, i64 w_rank,
+                                      T* packed, int H, int N, int padded, int r) {
+    constexpr int P = BASE::NONE ? F : F - 1;
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    const int p = i % RANK, n = i / RANK % padded, slot = i / RANK / padded % (2 * F + 1), h = i / RANK / padded / (2 * F + 1);
+    if (h >= H) return;
+    float x = 0;
+    if (n < N && p < r) {
+        if (slot == 2 * F) {
+            x = w[h * w_head + n * w_row + p * w_rank];
+        } else {
+            const int f = slot % F;
+            x = a.at(h, f < P ? BASIS::template source<P>(f) : f, n)[p * a_rank];
+            if (slot >= F && f < P) x *= BASIS::factor(f);
+        }
+    }
+    packed[i] = from_float<T>(x);
+}
 
 // z, W^T V and out. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of
 // an image. EXACT: the scale is a power of two.

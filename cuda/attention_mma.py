@@ -29,6 +29,7 @@ def takes(*tensors: Tensor, rank: int, features: int) -> bool:
     return (
         q.dtype in TYPES
         and q.is_cuda
+        and launch.available()
         and rank <= RANK
         and features <= MAX_FEATURES
         and d <= MAX_CHANNELS
@@ -53,7 +54,7 @@ def _gpu(device: int) -> tuple[int, int]:
 
 def _exact(scale: float) -> str:
     """Template argument: whether the scale is a power of two, so that q can be multiplied by it without rounding."""
-    return f", {str(math.frexp(scale)[0] == 0.5).lower()}"
+    return "true" if math.frexp(scale)[0] == 0.5 else "false"
 
 
 def _up(size: int, unit: int = 16) -> int:
@@ -61,19 +62,16 @@ def _up(size: int, unit: int = 16) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _kernel(kind, types, dtype, basis, order, base, features, d, shared, device, extra=""):
-    file = "attention_forward.cu" if kind == "forward" else "attention_backward.cu"
-    name = BASIS.get(basis) or f"Spline<{order}>"
-    arguments = f"{TYPES[dtype]}, {name}, {BASE[base]}, {features}, {_up(d)}{extra}"
-    return launch.kernel(file, f"attention_{kind}_kernel<{arguments}>", types, shared, device)
+def _kernel(kind: str, types: str, template: tuple, shared: int, device: int) -> "launch.Kernel":
+    file = "attention_forward.cu" if kind in ("pack", "forward") else "attention_backward.cu"
+    arguments = f"<{', '.join(map(str, template))}>" if template else ""
+    return launch.kernel(file, f"attention_{kind}_kernel{arguments}", types, shared, device)
 
 
 @lru_cache(maxsize=4096)
-def _values_kernel(types, dtype, D, chunk, device):
-    shared = 2 * (chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
-    return launch.kernel(
-        "attention_backward.cu", f"attention_backward_values_kernel<{TYPES[dtype]}, {D}>", types, shared, device
-    )
+def _template(dtype: torch.dtype, basis: str, order: int, base: str, features: int) -> tuple[str, str, str, int]:
+    """The first arguments of the templates."""
+    return TYPES[dtype], BASIS.get(basis) or f"Spline<{order}>", BASE[base], features
 
 
 class Grid(NamedTuple):
@@ -118,12 +116,31 @@ def grids(B: int, H: int, N: int, d: int, F: int, device: int) -> tuple[Grid, Gr
     return None if None in found else found
 
 
-def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, base) -> None:
-    B, H, N, d = q.shape
-    F, device = packed.shape[1] // 2, q.get_device()
+def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, base):
+    """out, z, W^T V and the packed coefficients, from arguments of kan::attention that `takes` accepts."""
+    (B, H, N, d), (F, r), device = q.shape, coefficients.shape[1::2], q.get_device()
+    template, padded = _template(q.dtype, basis, order, base, F), _up(N, 64)
+    coefficients, projector = coefficients.float(), projector.float()
+    packed = q.new_empty(H, 2 * F + 1, padded, RANK)
+    kernel = _kernel("pack", MATRIX + "q" + "Pqqq" + "Piiii", template, 0, device)
+    kernel(
+        math.ceil(packed.numel() / 256),
+        256,
+        coefficients.data_ptr(),
+        *coefficients.stride(),
+        projector.data_ptr(),
+        *projector.stride(),
+        packed.data_ptr(),
+        H,
+        N,
+        padded,
+        r,
+    )
+    values, z = q.new_empty(B, H, RANK, d), q.new_empty(B, H, N, RANK)
+    out = q.new_empty(B, N, H, d).transpose(1, 2)
     grid, _ = grids(B, H, N, d, F, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
-    kernel = _kernel("forward", types, q.dtype, basis, order, base, F, d, grid.shared, device, _exact(scale))
+    kernel = _kernel("forward", types, (*template, _up(d), _exact(scale)), grid.shared, device)
     kernel(
         grid.blocks,
         32 * grid.warps * grid.groups,
@@ -134,44 +151,28 @@ def forward(q, k, v, packed, values, z, out, scale, basis, order, low, step, bas
         values.data_ptr(),
         z.data_ptr(),
         *_matrix(out),
-        B,
-        H,
-        N,
-        d,
-        packed.shape[2],
-        _up(N),
-        scale,
-        low,
-        step,
+        *(B, H, N, d, padded, _up(N), scale, low, step),
         grid.warps,
         grid.row_blocks,
     )
+    return out, z, values, packed
 
 
-def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, order, low, step, base) -> Tensor:
-    B, H, N, d = q.shape
-    F, D, device = packed.shape[1] // 2, _up(d), q.get_device()
-    common, sizes = (q.dtype, basis, order, base, F, d), (B, H, N, d, packed.shape[2])
-    dvalues, chunk = torch.empty_like(values), _up(N)
-    kernel = _values_kernel(MATRIX + "PPPP" + SIZES, q.dtype, D, chunk, device)
-    kernel(
-        B * H,
-        2 * D,
-        *_matrix(grad),
-        values.data_ptr(),
-        z.data_ptr(),
-        dz.data_ptr(),
-        dvalues.data_ptr(),
-        *sizes,
-        chunk,
-        scale,
-        low,
-        step,
-    )
+def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, step, base):
+    """The gradients of q, k, v, coefficients and projector."""
+    (B, H, N, d), F, D, device = q.shape, packed.shape[1] // 2, _up(q.shape[3]), q.get_device()
+    template, padded, chunk = _template(q.dtype, basis, order, base, F), packed.shape[2], _up(N)
+    dz, dvalues = torch.empty_like(z), torch.empty_like(values)
+    shared = 2 * (chunk * (D + 8 + RANK + 8) + RANK * (D + 8))
+    kernel = _kernel("backward_values", MATRIX + "PPPP" + SIZES, (template[0], D), shared, device)
+    sizes, numbers = (B, H, N, d, padded), (scale, low, step)
+    pointers = values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr()
+    kernel(B * H, 2 * D, *_matrix(grad), *pointers, *sizes, chunk, *numbers)
+
+    dq, dk, dv = (q.new_empty(B, N, H, d).transpose(1, 2) for _ in range(3))
     _, grid = grids(B, H, N, d, F, device)
-    kernel = _kernel(
-        "backward_query", MATRIX * 2 + "PP" + MATRIX + SIZES + "ii", *common, grid.shared, device, _exact(scale)
-    )
+    types = MATRIX * 2 + "PP" + MATRIX + SIZES + "ii"
+    kernel = _kernel("backward_query", types, (*template, D, _exact(scale)), grid.shared, device)
     kernel(
         grid.blocks,
         32 * grid.warps * grid.groups,
@@ -180,26 +181,21 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
         packed.data_ptr(),
         dz.data_ptr(),
         *_matrix(dq),
-        *sizes,
-        chunk,
-        scale,
-        low,
-        step,
+        *(*sizes, chunk, *numbers),
         grid.warps,
         grid.row_blocks,
     )
-    key_blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
-    warps = math.ceil(math.ceil(N / 16) / key_blocks)
-    chunk = min(KEY_CHUNK, _up(N))
+    blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
+    warps, chunk = math.ceil(math.ceil(N / 16) / blocks), min(KEY_CHUNK, chunk)
     shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
     resident = 8 // KEY_WARPS * _gpu(device)[0]
-    images = math.ceil(B / max(1, min(B, resident // (key_blocks * H))))
-    number = math.ceil(B / images)
-    sums = torch.empty(number, H, F + 1, packed.shape[2], RANK, dtype=torch.float32, device=q.device)
+    images = math.ceil(B / max(1, min(B, resident // (blocks * H))))
+    parts = math.ceil(B / images)
+    sums = torch.empty(parts, H, F + 1, padded, RANK, dtype=torch.float32, device=q.device)
     types = MATRIX * 3 + "PPP" + MATRIX * 2 + "P" + SIZES + "i"
-    kernel = _kernel("backward_key", types, *common, shared, device, f", {KEY_WARPS}")
+    kernel = _kernel("backward_key", types, (*template, D, KEY_WARPS), shared, device)
     kernel(
-        number * H * key_blocks,
+        parts * H * blocks,
         32 * warps,
         *_matrix(q),
         *_matrix(k),
@@ -210,11 +206,12 @@ def backward(grad, q, k, v, packed, values, z, dz, dq, dk, dv, scale, basis, ord
         *_matrix(dk),
         *_matrix(dv),
         sums.data_ptr(),
-        *sizes,
-        chunk,
-        scale,
-        low,
-        step,
+        *(*sizes, chunk, *numbers),
         images,
     )
-    return sums
+    da, dw = sums.new_empty(H, F, N, rank), sums.new_empty(H, N, rank)
+    count = H * (F + 1) * N * rank
+    kernel = _kernel("finish", "PPPiiiiii", (), 0, device)
+    pointers = sums.data_ptr(), da.data_ptr(), dw.data_ptr()
+    kernel(math.ceil(count / 256), 256, *pointers, parts, H, F, N, padded, rank)
+    return dq, dk, dv, da, dw

@@ -90,13 +90,7 @@ def backward(
     if q.is_cuda and torch_internals.current_device() != q.get_device():
         with torch.cuda.device(q.device):
             return backward(grad, q, k, v, z, values, packed, rank, *function)
-    *gradients, d_coefficients, d_projector = attention.backward(grad, q, k, v, z, values, packed, rank, *function)
-    return *gradients, _alone(d_coefficients), _alone(d_projector)
-
-
-def _alone(t: Tensor) -> Tensor:
-    """t in contiguous memory that it shares with no other result of an operator."""
-    return t.clone(memory_format=torch.contiguous_format) if t._is_view() else t.contiguous()
+    return attention.backward(grad, q, k, v, z, values, packed, rank, *function)
 
 
 library = torch.library.Library("kan", "FRAGMENT")

@@ -5,6 +5,7 @@ CuPy is imported at the first launch, never before, because worker processes for
 """
 
 import ctypes
+import importlib.util
 import struct
 import threading
 from functools import cache
@@ -17,6 +18,12 @@ from kan_basis import torch_internals
 
 FOLDER = Path(__file__).resolve().parent
 OPTIONS = ("-std=c++17",)
+
+
+@cache
+def available() -> bool:
+    """Whether CuPy is installed."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 @cache

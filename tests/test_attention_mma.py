@@ -19,13 +19,13 @@ from cuda import attention_mma as mma
 from cuda import launch
 from kan_basis import make_basis
 
-FUNCTIONS = {  # struct of attention_features.h, the basis, and factors of the derivatives, low and step
-    "Fourier": (make_basis("fourier", grid=4), [s * m for m in range(1, 5) for s in (-1, 1)], 0.0, 1.0),
-    "Chebyshev": (make_basis("chebyshev", order=6), list(range(7)), 0.0, 1.0),
-    "Radial": (make_basis("radial", grid=5, grid_range=(-2, 1)), [1] * 5, -2.0, 4 / 3),
-    "Spline<1>": (make_basis("spline", grid=4, order=1, grid_range=(-1, 2)), [1] * 5, -1.0, 4 / 3),
-    "Spline<3>": (make_basis("spline", grid=5, order=3, grid_range=(-2, 2)), [1] * 8, -2.0, 5 / 4),
-    "Spline<5>": (make_basis("spline", grid=2, order=5, grid_range=(-2, 2)), [1] * 7, -2.0, 2 / 4),
+FUNCTIONS = {  # struct of attention_features.h, the basis, the number of features, low and step
+    "Fourier": (make_basis("fourier", grid=4), 8, 0.0, 1.0),
+    "Chebyshev": (make_basis("chebyshev", order=6), 7, 0.0, 1.0),
+    "Radial": (make_basis("radial", grid=5, grid_range=(-2, 1)), 5, -2.0, 4 / 3),
+    "Spline<1>": (make_basis("spline", grid=4, order=1, grid_range=(-1, 2)), 5, -1.0, 4 / 3),
+    "Spline<3>": (make_basis("spline", grid=5, order=3, grid_range=(-2, 2)), 8, -2.0, 5 / 4),
+    "Spline<5>": (make_basis("spline", grid=2, order=5, grid_range=(-2, 2)), 7, -2.0, 2 / 4),
 }
 BASES = {"Identity": lambda x: x, "Relu": F.relu, "Silu": F.silu, "Gelu": F.gelu, "Zero": lambda x: 0 * x}
 
@@ -57,11 +57,15 @@ def compile_for(architecture: int, file: str, names: list[str]) -> str:
 def kernels(dtype="__nv_bfloat16", basis="Fourier", base="Zero", features=6, channels=64, exact="true"):
     function = f"{dtype}, {basis}, {base}, {features}, {channels}"
     return {
-        "attention_forward.cu": [f"attention_forward_kernel<{function}, {exact}>"],
+        "attention_forward.cu": [
+            f"attention_pack_kernel<{dtype}, {basis}, {base}, {features}>",
+            f"attention_forward_kernel<{function}, {exact}>",
+        ],
         "attention_backward.cu": [
             f"attention_backward_values_kernel<{dtype}, {channels}>",
             f"attention_backward_query_kernel<{function}, {exact}>",
             f"attention_backward_key_kernel<{function}, {mma.KEY_WARPS}>",
+            "attention_finish_kernel",
         ],
     }
 
@@ -78,8 +82,8 @@ def test_the_default_spills_little(architecture):
 @pytest.mark.parametrize("basis", FUNCTIONS)
 @pytest.mark.parametrize("base", ["Zero", "Gelu"])
 def test_other_functions_compile(basis, base):
-    features = len(FUNCTIONS[basis][1]) - (base != "Zero" and len(FUNCTIONS[basis][1]) == 8) + (base != "Zero")
-    for file, names in kernels("__half", basis, base, min(features, 8), 32, "false").items():
+    features = min(FUNCTIONS[basis][1] + (base != "Zero"), mma.MAX_FEATURES)
+    for file, names in kernels("__half", basis, base, features, 32, "false").items():
         assert "Compiling entry function" in compile_for(90, file, names)
 
 
@@ -89,12 +93,13 @@ def host(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder, text = tmp_path_factory.mktemp("host"), '#include "attention_features.h"\n'
-    for i, (name, (_, factors, low, step)) in enumerate(FUNCTIONS.items()):
+    for i, (name, (_, count, low, step)) in enumerate(FUNCTIONS.items()):
         text += f"""extern "C" void basis{i}(int count, const float* x, float* value, float* slope) {{
             for (int i = 0; i < count; i++) {{
                 {name} state; state.start(x[i], {low}f, {step}f);
-                for (int f = 0; f < {len(factors)}; f++) {{
-                    value[i * {len(factors)} + f] = state.value(f), slope[i * {len(factors)} + f] = state.derivative(f);
+                for (int f = 0; f < {count}; f++) {{
+                    const int at = i * {count} + f;
+                    value[at] = state.value(f), slope[at] = state.derivative(f) * {name}::factor(f);
                     state.advance(f); }} }} }}\n"""
     for name in BASES:
         text += f"""extern "C" void base{name}(int count, const float* x, float* value, float* slope) {{
@@ -113,17 +118,17 @@ def on_the_host(function, x, count):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_features_and_their_derivatives_on_the_host(host, name):
-    basis, factors, *_ = FUNCTIONS[name]
+    basis, count, *_ = FUNCTIONS[name]
     x = torch.cat([2 * torch.randn(1024), torch.tensor([0.0, 30.0, -30.0, 1e-4])])
-    value, slope = on_the_host(getattr(host, f"basis{list(FUNCTIONS).index(name)}"), x, len(factors))
-    # The features are cos x, sin x, cos 2x, ... and the factors belong to -sin x, cos x, ...
-    order = [f // 2 + f % 2 * 4 for f in range(8)] if name == "Fourier" else list(range(len(factors)))
+    value, slope = on_the_host(getattr(host, f"basis{list(FUNCTIONS).index(name)}"), x, count)
+    # The kernels' order is cos x, sin x, cos 2x, ...
+    order = [f // 2 + f % 2 * 4 for f in range(8)] if name == "Fourier" else list(range(count))
     exact = x.double().requires_grad_()
     features = basis.features(exact)[:, order]
     slopes = torch.stack([torch.autograd.grad(f.sum(), exact, retain_graph=True)[0] for f in features.unbind(1)], 1)
     torch.testing.assert_close(value, features.float(), rtol=1e-4, atol=3e-5)
     scale = basis.grid / (basis.grid_range[1] - basis.grid_range[0]) if name.startswith("Spline") else 1.0
-    torch.testing.assert_close(slope * torch.tensor(factors), slopes.float(), rtol=1e-4, atol=1e-4 * max(1, scale))
+    torch.testing.assert_close(slope, slopes.float(), rtol=1e-4, atol=1e-4 * max(1, scale))
 
 
 @pytest.mark.parametrize("name", BASES)
