@@ -46,10 +46,8 @@ def _matrix(t: Tensor) -> tuple[int, int, int, int]:
 
 
 @cache
-def _gpu(device: int) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a block may have."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _exact(scale: float) -> str:
@@ -89,13 +87,13 @@ def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp:
         most: warps of a block.
         table, of_group, of_warp: bytes of shared memory for the coefficients, each group and each warp.
     """
-    (multiprocessors, shared), tiles = _gpu(device), math.ceil(N / 16)
+    tiles = math.ceil(N / 16)
     warps = min(GROUP, tiles)
     of_group += warps * of_warp
-    groups = min(most // warps, (shared - table) // of_group, 15)  # there are 15 named barriers
+    groups = min(most // warps, (launch.shared_memory(device) - table) // of_group, 15)  # there are 15 named barriers
     if groups < 1:
         return None
-    blocks = max(1, multiprocessors // H)
+    blocks = max(1, _multiprocessors(device) // H)
 
     def time(row_blocks: int) -> float:  # in rounds of 16 rows for each warp, and what it takes to begin
         turns = math.ceil(B * row_blocks / (blocks * groups))
@@ -188,7 +186,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps, chunk = math.ceil(math.ceil(N / 16) / blocks), min(KEY_CHUNK, chunk)
     shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
-    resident = 8 // KEY_WARPS * _gpu(device)[0]
+    resident = 8 // KEY_WARPS * _multiprocessors(device)
     images = math.ceil(B / max(1, min(B, resident // (blocks * H))))
     parts = math.ceil(B / images)
     sums = torch.empty(parts, H, F + 1, padded, RANK, dtype=torch.float32, device=q.device)

@@ -27,6 +27,12 @@ def available() -> bool:
 
 
 @cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
 def _too_old(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major >= 8:
@@ -93,8 +99,7 @@ class Kernel:
                 # More than 48 KiB, static shared memory included, must be asked for. Kernel objects of other sizes
                 # have the same function, hence the most that there is.
                 if shared_bytes > 32 << 10:
-                    most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-                    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
+                    function.max_dynamic_shared_size_bytes = shared_memory(device) - function.shared_size_bytes
                 # CuPy looks up the current device at this attribute.
                 self.handle = function.kernel.ptr
         except (cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:  # the driver raises RuntimeErrors

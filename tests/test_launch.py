@@ -25,6 +25,8 @@ def test_a_kernel_for_a_device_that_is_not_the_current_one(monkeypatch):
         current.pop()
 
     class Function:
+        shared_size_bytes = 1024
+
         @property
         def kernel(self):
             asked.append(current[-1])
@@ -36,7 +38,10 @@ def test_a_kernel_for_a_device_that_is_not_the_current_one(monkeypatch):
     module = types.SimpleNamespace(get_function=lambda name: Function())
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawModule=lambda **options: module))
     monkeypatch.setattr(torch.cuda, "device", on)
-    assert launch.Kernel("rational.cu", "k", "PPPPqiiiii", 64 << 10, 1).handle == 1001 and set(asked) == {1}
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 227 << 10)
+    kernel = launch.Kernel("rational.cu", "k", "PPPPqiiiii", 64 << 10, 1)
+    assert kernel.handle == 1001 and set(asked) == {1}
+    assert kernel.function.max_dynamic_shared_size_bytes == 226 << 10
 
 
 def test_the_reason_against_an_old_gpu(monkeypatch):
