@@ -1,8 +1,9 @@
 """Time and memory of Kolmogorov-Arnold attention beside softmax attention, forward, and forward and backward.
 
     python benchmarks/attention.py [--shapes 128x3x197 64x3x1025] [--dtype bf16] [--out rows.jsonl]
-"kernels" and "plain" are kan_basis.fourier_attention with --kernel cuda and torch. "SDPA" is torch's FlashAttention,
-with fp32 its memory-efficient attention.
+"SDPA" is torch's scaled_dot_product_attention with the backend of its choice (cuDNN on an H200), "FlashAttention" with
+FlashAttention (with fp32: memory-efficient attention). "kernels" and, with --plain, "plain" are
+kan_basis.fourier_attention with the kernels and in plain PyTorch.
 ms: replay of a CUDA graph of the call, which is GPU time without gaps of the host; eager ms: the call itself.
 MiB: what the eager call allocates at most, with its results. Ratios are to SDPA in the same pass. Wrong kernels are an
 error.
@@ -44,11 +45,15 @@ def kolmogorov_arnold(kernel: str, *tensors: Tensor) -> Tensor:
     return fourier_attention(*tensors)
 
 
-def softmax(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
+def flash(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
     # FlashAttention takes no float32.
     half = query.dtype is not torch.float32
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION if half else SDPBackend.EFFICIENT_ATTENTION):
         return F.scaled_dot_product_attention(query, key, value)
+
+
+def softmax(query: Tensor, key: Tensor, value: Tensor, *_) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def gradients(function: Callable, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -101,14 +106,12 @@ def peak(run: Callable) -> float:
 def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> list[dict]:
     tensors, grad = inputs(shape, options)
     exactness, rows = errors(tensors, grad), []
-    functions = {
-        "SDPA": softmax,
-        "kernels": partial(kolmogorov_arnold, "cuda"),
-        "plain": partial(kolmogorov_arnold, "torch"),
-    }
+    functions = {"SDPA": softmax, "FlashAttention": flash, "kernels": partial(kolmogorov_arnold, "cuda")}
+    if options.plain:
+        functions["plain"] = partial(kolmogorov_arnold, "torch")
     for backward in (False, True):
         for name, function in functions.items():
-            leaves = tensors[:3] if name == "SDPA" else tensors
+            leaves = tensors[:3] if function in (softmax, flash) else tensors
 
             def run(function=function, leaves=leaves, backward=backward):
                 if backward:
@@ -132,7 +135,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> list[di
                 }
             )
             del graph
-            first = rows[3 * backward]
+            first = rows[len(functions) * backward]
             for ratio, key in (("time ratio", "ms"), ("eager ratio", "eager ms"), ("memory ratio", "MiB")):
                 rows[-1][ratio] = rows[-1][key] / first[key]
             rows[-1] |= exactness if name == "kernels" and backward else {}
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=3, help="frequencies G of the Fourier series")
     parser.add_argument("--rank", type=int, default=12, help="rank r of the operator")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="precision of q, k and v")
+    parser.add_argument("--plain", action="store_true", help="also the definition in plain PyTorch, which is slow")
     parser.add_argument("--milliseconds", type=int, default=300, help="time to measure each row for")
     parser.add_argument("--out", help="file to append rows to")
     options = parser.parse_args()
