@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-
-def exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", lambda: False)()  # from torch 2.7 on
+from kan_basis.torch_internals import exporting
 
 
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int, dim: int, keep_rng: bool = False) -> Tensor:

@@ -35,6 +35,14 @@ _transform = _private("_C._functorch.peek_interpreter_stack", lambda: True)
 _tracing_state = _private("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
 
 
+def exporting() -> bool:
+    """Whether torch.export traces; before torch 2.7, False.
+
+    Up to torch 2.11 at least, torch.compiler.is_exporting() is also True where torch.compile traces.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is active. The general case is that it is."""
     return getattr(forward_ad, "_current_level", 0) >= 0
