@@ -39,11 +39,15 @@ LINEAR = ("fourier", "chebyshev", "radial", "spline")
 
 
 def inputs(basis, shape=(2, 2, 5, 8), r=3, base="", dtype=torch.float32, device="cpu", size=1.0):
-    """The arguments of `attention`; q, k and v are views of one (B, N, 3, h, d) tensor, as in a model."""
+    """The arguments of `attention`; q, k and v are views of one (B, N, 3, h, d) tensor, as in a model.
+
+    The sums over tokens have the size of 1, so that no gradient leaves the range of float16.
+    """
     B, h, N, d = shape
     qkv = size * torch.randn(B, N, 3, h, d, device=device).to(dtype)
     c, w = torch.randn(h, r, N, basis.num_coefficients, device=device), torch.randn(h, N, r, device=device)
-    s = torch.randn(h, r, N, device=device) if base else None
+    c, w = c * (N * basis.num_coefficients) ** -0.5, w * N**-0.5
+    s = torch.randn(h, r, N, device=device) * N**-0.5 if base else None
     return (*qkv.permute(2, 0, 3, 1, 4), c, w, s)
 
 
