@@ -1,21 +1,21 @@
-// Attention by functions that are linear in their coefficients (kan_basis/attention.py), for half precision, head
-// dimensions up to 64, ranks up to 16 and up to 8 features; attention_kernels.py has the formulas and all other cases.
+// Attention by functions that are linear in their coefficients (kan_basis/attention.py), for half precision, heads of
+// up to 64 channels, ranks up to 16, up to 8 features and 272 tokens. attention_kernels.py has the formulas of the
+// gradients and takes all other cases.
 //
 //   x = scale q k^T,   z[m, p] = sum_n sum_f F_f(x[m, n]) A[f, n, p],   out = z (W^T V)
 //
 // Layout   q, k, v, out and their gradients: (B, h, N, d) with any strides that are multiples of 8, 1 in d. packed:
-//          (h, 2 F + 1, padded, 16) from attention_pack_kernel, that is A, A with the factors of the derivatives, and W,
-//          0 in the padding. z, dz: (B, h, N, 16). Tiles of x have 16 x 16 elements and live in registers.
+//          (h, 2 F + 1, padded, 16), that is A, A with the factors of the derivatives, and W, and 0 in the padding.
+//          z, dz: (B, h, N, 16). A warp has a tile of 16 x 16 elements of x in its registers.
 // Types    operands T, sums and x float.
-// Work     of a warp for 16 x 16 scores, F = 6, d = 64, in instructions: forward 20 products (mma.m16n8k16), 16 sines
-//          and cosines, 40 to advance the features, 24 to pack them. dq: 28 products and 48 to add up the derivative.
-//          dk and dA: 40 products.
-// Launch   Persistent blocks. forward and dq: a turn is up to 32 rows for each warp of one (B, h), which go over all
-//          tokens in chunks of shared memory; the coefficients stay there from turn to turn while the head is the same.
-//          dk and dA: a warp takes 16 tokens of one head, keeps the sums of their coefficients in registers, and goes
-//          over the rows of a part of the batch, of which the next ones are copied meanwhile.
-// Sums     Every output has one writer. dA and dW of the parts of the batch, and d(W^T V) of the blocks of rows, are
-//          added in a fixed order: equal inputs give equal bits.
+// Work     of a warp for a tile, F = 6, d = 64, in instructions. Forward: 20 products (mma.m16n8k16), 16 sines and
+//          cosines, 40 to advance the features, 24 to pack them; 134 in all. dq: 28 products, 48 to add up the
+//          derivative; 175 in all. dk and dA: 40 products; 223 in all.
+// Launch   Forward and dq: persistent blocks of several groups of warps, see Group. dk and dA: a warp takes 16 tokens
+//          of one head, keeps the sums of their coefficients in registers, and goes over the rows of a part of the
+//          batch, of which the next ones are copied meanwhile.
+// Sums     Every output has one writer. dA and dW of the parts of the batch are added in a fixed order: equal inputs
+//          give equal bits.
 #pragma once
 #include "attention_features.h"
 #include "mma.cuh"
@@ -34,8 +34,8 @@ struct Sizes {
     float scale, low, step;
 };
 
-// F features of scale x (8 per lane), of which the last is the base function, if there is one. `use` gets each one and its 8
-// values or derivatives.
+// F features of scale x (8 per lane), of which the last is the base function, if there is one. `use` gets each one and
+// its 8 values or derivatives.
 template <typename BASIS, typename BASE, int F, bool VALUES, bool DERIVATIVES, typename Use>
 __device__ __forceinline__ void for_features(const float (*x)[4], const Sizes& size, float scale, Use use) {
     constexpr int P = BASE::NONE ? F : F - 1;
@@ -79,7 +79,8 @@ __device__ __forceinline__ void scores(float (*x)[4], const unsigned (*a)[4], co
 }
 
 // dx += derivative c, or = for the first one.
-__device__ __forceinline__ void add_products(float (*dx)[4], const float (*derivative)[4], const float (*c)[4], bool first) {
+__device__ __forceinline__ void add_products(float (*dx)[4], const float (*derivative)[4], const float (*c)[4],
+                                             bool first) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const float term = derivative[i / 4][i % 4] * c[i / 4][i % 4];
@@ -89,15 +90,16 @@ __device__ __forceinline__ void add_products(float (*dx)[4], const float (*deriv
 
 // All threads: starts copies of COUNT slots of the packed coefficients of head h, from slot `first` on.
 template <int COUNT, int WIDTH, typename T>
-__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first, const Sizes& size) {
+__device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, int slots, int first,
+                                            const Sizes& size) {
     for (int f = 0; f < COUNT; f++)
         copy_rows<RANK>(target + f * RANK, WIDTH, packed + (i64)(h * slots + first + f) * size.padded * RANK, RANK,
                         size.chunk, size.padded, RANK, threadIdx.x, blockDim.x);
 }
 
-// A grid shares the heads evenly, and the warps of a block form groups that take turns with the rows of an image, 16 for
-// each warp at a time. All groups of a block need the coefficients of one head, which stay in shared memory. A group has
-// all tokens of its image there, and each of its warps the next rows.
+// A grid shares the heads evenly, and the warps of a block form groups. A group takes a block of the rows of an image,
+// 16 rows for each warp at a time, then one of another image. Shared memory holds the coefficients of the head, for all
+// groups, and all tokens of the image of each group.
 template <int SLOTS, int D, typename T>
 struct Group {
     static constexpr int WIDTH = D + 8, PACKED = SLOTS * RANK + 8;

@@ -21,6 +21,7 @@ MAX_FEATURES = 64
 ROWS = 64  # The number of tokens of packed coefficients is a multiple of it.
 # Accumulators of coefficient gradients that a program keeps in registers, in tiles of a thread block.
 MAX_SUMS = 8
+MAX_PARTIALS = 256 << 20  # bytes of the coefficient gradients of parts of the batch
 
 
 @torch.compiler.assume_constant_result
@@ -77,7 +78,8 @@ class Shapes:
         self.rank, self.padded = rank, math.ceil(self.N / ROWS) * ROWS
         P = features - (base != "")
         self.function = dict(P=P, F=features, ORDER=order, BASIS=basis, BASE=base, FAST=_fast(q))
-        self.sizes = dict(D=self.D, R=self.R, BLOCK_D=_block(self.D))
+        # Products and sums are fused, whatever the default of this version of Triton.
+        self.sizes = dict(D=self.D, R=self.R, BLOCK_D=_block(self.D), enable_fp_fusion=True)
 
 
 def _fast(q: Tensor) -> bool:
@@ -190,9 +192,11 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
         **config,
     )
     config = BACKWARD_KEY
-    # 12 blocks for each multiprocessor
+    # Parts of the batch: 12 blocks for each multiprocessor, unless their sums take more memory than MAX_PARTIALS.
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    images = math.ceil(s.B / min(s.B, math.ceil(12 * processors / (math.ceil(s.N / config["BLOCK_N"]) * s.H))))
+    most = max(1, MAX_PARTIALS // (4 * s.H * (s.F + 1) * s.padded * s.R))
+    wanted = math.ceil(12 * processors / (math.ceil(s.N / config["BLOCK_N"]) * s.H))
+    images = math.ceil(s.B / min(s.B, most, wanted))
     number = math.ceil(s.B / images)
     sums = q.new_empty(number, s.H, s.F + 1, s.padded, s.R, dtype=torch.float32)
     for first in range(0, s.F, MAX_SUMS):

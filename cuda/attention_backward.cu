@@ -8,7 +8,8 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8, NARROW = RANK + 8;
     const int bh = blockIdx.x, b = bh / size.H, h = bh % size.H, warp = threadIdx.x / 32;
-    T *grads = reinterpret_cast<T*>(shared), *sums = grads + size.chunk * WIDTH, *projected = sums + size.chunk * NARROW;
+    T *grads = reinterpret_cast<T*>(shared), *sums = grads + size.chunk * WIDTH;
+    T* projected = sums + size.chunk * NARROW;
 
     copy_rows<D>(projected, WIDTH, values + (i64)bh * RANK * size.d, size.d, RANK, RANK, size.d, threadIdx.x, 2 * D);
     float part[2][4] = {};
@@ -52,7 +53,8 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
 // EXACT: the scale is a power of two.
 template <typename T, typename BASIS, typename BASE, int F, int D, bool EXACT>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
-    Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps, int blocks) {
+    Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps,
+    int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8, NARROW = RANK + 8;
     const Group<F, D, T> group(reinterpret_cast<T*>(shared), size, warps, 16 * warps * (WIDTH + NARROW));
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
         };
         group.copy_tokens(k, b);
         copy_queries(first + group.warp * 16);
-        group.wait(turn == group.first);  // at first for the coefficients, too
+        group.wait(turn == group.first);  // the first time for the coefficients, too
         for (int m = first + group.warp * 16; m < last; m += 16 * warps) {
             unsigned operands[D / 16][4], grad[4];
             float sums[D / 8][4];
@@ -152,9 +154,11 @@ __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS) attention_backward_key_
             if (m == 0) {
                 const int from = block * tokens;
                 target = of_image + step / chunks % 2 * image;
-                copy_rows<D>(target, WIDTH, k.at(b, h, from), k.row, tokens, size.N - from, size.d, threadIdx.x, blockDim.x);
+                copy_rows<D>(target, WIDTH, k.at(b, h, from), k.row, tokens, size.N - from, size.d, threadIdx.x,
+                             blockDim.x);
                 target += tokens * WIDTH;
-                copy_rows<D>(target, WIDTH, v.at(b, h, from), v.row, tokens, size.N - from, size.d, threadIdx.x, blockDim.x);
+                copy_rows<D>(target, WIDTH, v.at(b, h, from), v.row, tokens, size.N - from, size.d, threadIdx.x,
+                             blockDim.x);
                 copy_rows<D>(target + tokens * WIDTH, WIDTH, dvalues + (i64)bh * RANK * size.d, size.d, RANK, RANK,
                              size.d, threadIdx.x, blockDim.x);
             }
@@ -244,8 +248,8 @@ __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS) attention_backward_key_
 }
 
 // dA (h, F, N, r) and dW (h, N, r) from the sums of the parts of the batch. Grid: a thread for each element.
-__global__ void attention_finish_kernel(const float* sums, float* da, float* dw, int parts, int H, int F, int N, int padded,
-                                        int r) {
+__global__ void attention_finish_kernel(const float* sums, float* da, float* dw, int parts, int H, int F, int N,
+                                        int padded, int r) {
     const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     const int p = i % r, n = i / r % N, f = i / r / N % (F + 1), h = i / r / N / (F + 1);
     if (h >= H) return;

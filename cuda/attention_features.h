@@ -1,10 +1,10 @@
-// Features F_f(x) of the bases that are linear in their coefficients (kan_basis), their derivatives, and base functions,
-// in float32. They compile for the GPU and for the host, where they are tested.
+// Features F_f(x) of the bases that are linear in their coefficients (kan_basis), their derivatives, and base
+// functions, in float32. They compile for the GPU and for the host, where they are tested.
 //
 // A basis is a struct with the state of one x: start(x, low, step), value(f), derivative(f) without the factor that the
 // packed coefficients of the derivative contain, and advance(f), to be called for f = 0, 1, ... in turn.
-//   Fourier    cos x, sin x, cos 2x, ...: cos (m + 1) x = 2 cos x cos m x - cos (m - 1) x, likewise the sine; factors of
-//              the derivatives -sin x, cos x, -2 sin 2x, ...: -1, 1, -2, ...
+//   Fourier    cos x, sin x, cos 2x, ...: cos (m + 1) x = 2 cos x cos m x - cos (m - 1) x, likewise the sine; factors
+//              of the derivatives -sin x, cos x, -2 sin 2x, ...: -1, 1, -2, ...
 //   Chebyshev  T_f(t), t = tanh x; derivative f U_(f - 1)(t) (1 - t^2), factor f
 //   Radial     exp(-u^2), u = (x - low) step - f; factor 1
 //   Spline     cardinal B-spline of order K around f - (K - 1) / 2 in units of (x - low) step, as the sum of truncated

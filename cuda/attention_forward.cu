@@ -3,11 +3,12 @@
 
 // packed, from the coefficients (h, F, N, r) and W (h, N, r) with any strides. Grid: a thread for each element.
 template <typename T, typename BASIS, typename BASE, int F>
-__global__ void attention_pack_kernel(Matrix<const float> a, i64 a_rank, const float* w, i64 w_head, i64 w_row, i64 w_rank,
-                                      T* packed, int H, int N, int padded, int r) {
+__global__ void attention_pack_kernel(Matrix<const float> a, i64 a_rank, const float* w, i64 w_head, i64 w_row,
+                                      i64 w_rank, T* packed, int H, int N, int padded, int r) {
     constexpr int P = BASE::NONE ? F : F - 1;
     const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    const int p = i % RANK, n = i / RANK % padded, slot = i / RANK / padded % (2 * F + 1), h = i / RANK / padded / (2 * F + 1);
+    const int p = i % RANK, n = i / RANK % padded;
+    const int slot = i / RANK / padded % (2 * F + 1), h = i / RANK / padded / (2 * F + 1);
     if (h >= H) return;
     float x = 0;
     if (n < N && p < r) {
@@ -22,12 +23,12 @@ __global__ void attention_pack_kernel(Matrix<const float> a, i64 a_rank, const f
     packed[i] = from_float<T>(x);
 }
 
-// z, W^T V and out. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of
-// an image. EXACT: the scale is a power of two.
+// z, W^T V and out. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the
+// rows of an image. EXACT: the scale is a power of two, by which q is multiplied without rounding.
 template <typename T, typename BASIS, typename BASE, int F, int D, bool EXACT>
 __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
-    Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, const T* packed, T* values, T* z, Matrix<T> out, Sizes size,
-    int warps, int blocks) {
+    Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, const T* packed, T* values, T* z, Matrix<T> out,
+    Sizes size, int warps, int blocks) {
     extern __shared__ __align__(16) unsigned char shared[];
     constexpr int WIDTH = D + 8;
     const Group<F + 1, D, T> group(reinterpret_cast<T*>(shared), size, warps, RANK * WIDTH);
@@ -39,9 +40,10 @@ __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
     copy_packed<1, PACKED>(group.table + F * RANK, packed, h, 2 * F + 1, 2 * F, size);
     if (group.first >= size.B * blocks) group.wait(true);
     for (int turn = group.first; turn < size.B * blocks; turn += group.stride) {
-        const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows), bh = b * size.H + h;
+        const int b = turn / blocks, first = turn % blocks * rows, last = min(size.N, first + rows);
+        const int bh = b * size.H + h;
         group.copy_tokens(v, b);
-        group.wait(turn == group.first);  // at first for the coefficients, too
+        group.wait(turn == group.first);  // the first time for the coefficients, too
         for (int tile = group.warp; tile < D / 16; tile += warps) {  // 16 columns of W^T V
             float c[2][4] = {};
             for (int n = 0; n < size.N; n += 16) {

@@ -1,6 +1,6 @@
-"""Launches of the kernels of attention.cu: half precision, heads of up to 64 channels, rank up to 16, few features.
+"""Launches of the kernels of attention.cuh: half precision, short rows, small heads, ranks and numbers of features.
 
-The other cases of kan_basis/attention.py run in Triton (attention_kernels.py), with the same packed coefficients.
+All other cases of kan_basis/attention.py run in Triton (attention_kernels.py).
 """
 
 import math

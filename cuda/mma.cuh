@@ -71,7 +71,8 @@ template <typename T> __device__ __forceinline__ void multiply(float (*c)[4], co
     Tensor<T>::product(c[0], a, b[0], b[1]);
     Tensor<T>::product(c[1], a, b[2], b[3]);
 }
-template <typename T> __device__ __forceinline__ void multiply_add(float (*c)[4], const unsigned* a, const unsigned* b) {
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (*c)[4], const unsigned* a, const unsigned* b) {
     Tensor<T>::add(c[0], a, b[0], b[1]);
     Tensor<T>::add(c[1], a, b[2], b[3]);
 }
@@ -101,7 +102,8 @@ __device__ __forceinline__ void store_tile(T* target, i64 stride, const float* c
 
 // Both tiles of 8 columns, as far as there are `columns`. A lane gets the numbers of a neighbour and stores 8 bytes.
 template <typename T>
-__device__ __forceinline__ void store_tiles(T* target, i64 stride, const float (*c)[4], float scale, int rows, int columns) {
+__device__ __forceinline__ void store_tiles(T* target, i64 stride, const float (*c)[4], float scale, int rows,
+                                            int columns) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const bool odd = t % 2;
 #pragma unroll
@@ -112,15 +114,16 @@ __device__ __forceinline__ void store_tiles(T* target, i64 stride, const float (
         const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
         const uint2 pairs = odd ? make_uint2(other, high) : make_uint2(low, other);
         const int column = (odd ? 8 : 0) + t / 2 * 4;
-        if (g + 8 * i < rows && column < columns) *reinterpret_cast<uint2*>(target + (g + 8 * i) * stride + column) = pairs;
+        if (g + 8 * i < rows && column < columns)
+            *reinterpret_cast<uint2*>(target + (g + 8 * i) * stride + column) = pairs;
     }
 }
 
-// Starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source. This is thread
-// `thread` of the `threads` that take part.
+// Starts copies of COLUMNS elements of each of `count` rows; 0 beyond `rows` and `columns` of the source. This is
+// thread `thread` of the `threads` that take part.
 template <int COLUMNS, typename T>
-__device__ __forceinline__ void copy_rows(T* target, int target_stride, const T* source, i64 stride, int count, int rows,
-                                          int columns, int thread, int threads) {
+__device__ __forceinline__ void copy_rows(T* target, int target_stride, const T* source, i64 stride, int count,
+                                          int rows, int columns, int thread, int threads) {
     constexpr int PIECES = COLUMNS <= 16 ? 2 : COLUMNS <= 32 ? 4 : 8;  // of 16 bytes
     const int column = thread % PIECES * 8, first = thread / PIECES, step = threads / PIECES;
     if (column >= COLUMNS) return;
