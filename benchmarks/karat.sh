@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measurements of Kolmogorov-Arnold attention on one GPU. Rows and logs go to OUT, further arguments to main.py.
-#   bash benchmarks/karat.sh step OUT                    memory and time of a training step beside the softmax, batch 32
+#   bash benchmarks/karat.sh step OUT [...]              memory and time of a training step beside the softmax, eager and
+#       compiled: tiny (G3) with every basis and small (G3) at batch 256, base (G1) at batch 128
 #   bash benchmarks/karat.sh first OUT DATA SIZE [...]   losses and gradient norms of the first 300 steps, batch 128,
 #       30 warm-up steps to 1.25e-4: softmax, and operators of SIZE tiny (G3B), small (G3B) or base (G1B), with options
 #       that may stabilise them
@@ -10,10 +11,10 @@
 # Environment: ONLY (names of the runs of `first`; default: all), MODEL (default: vit_SIZE_patch16_224_karat), PIXELS
 # (default: 224), PYTHON.
 set -euo pipefail
-usage() { sed -n '3,8p' "${BASH_SOURCE[0]}" | cut -c5- >&2; exit 2; }
+usage() { sed -n '3,9p' "${BASH_SOURCE[0]}" | cut -c5- >&2; exit 2; }
 PART=${1:-} OUT=${2:-} DATA=${3:-} SIZE=${4:-} PIXELS=${PIXELS:-224}
 case $PART in
-    step) [ $# -eq 2 ] ;;
+    step) [ $# -ge 2 ] ;;
     first) [ $# -ge 4 ] && [[ $SIZE =~ ^(tiny|small|base)$ ]] ;;
     resolution) [ $# -ge 3 ] ;;
     *) false ;;
@@ -63,11 +64,25 @@ resolution() {  # arguments of main.py
     done
 }
 
+step() {  # arguments of train_step.py
+    local compile size karat models batch
+    for compile in "" --compile; do
+        for size in tiny small base; do
+            karat=vit_${size}_patch16_224_karat
+            case $size in
+                tiny) models=("$karat" "$karat",universal=True kat_tiny_patch16_224_karat
+                    "$karat",basis_type={Spline,Chebyshev,Radial,Wavelet,Rational}Basis) batch=256 ;;
+                small) models=("$karat" "$karat",universal=True) batch=256 ;;
+                base) models=("$karat",grid=1 "$karat",grid=1,universal=True) batch=128 ;;
+            esac
+            "$PYTHON" "$ROOT/benchmarks/train_step.py" --batch-size $batch $compile --out "$OUT/train_step.jsonl" "$@" \
+                "${karat%_karat}" "${models[@]}"
+        done
+    done
+}
+
 case $PART in
-    step)
-        "$PYTHON" "$ROOT/benchmarks/train_step.py" --batch-size 32 --out "$OUT/train_step.jsonl" \
-            vit_tiny_patch16_224 vit_tiny_patch16_224_karat vit_tiny_patch16_224_karat,universal=True \
-            vit_tiny_patch16_224_karat,basis_type={Spline,Wavelet,Rational}Basis kat_tiny_patch16_224_karat ;;
+    step) step "${@:3}" ;;
     first) first "${@:5}" ;;
     resolution) resolution "${@:4}" 2>&1 | tee "$OUT/resolution.txt" ;;
 esac
