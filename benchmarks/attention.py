@@ -1,8 +1,8 @@
 """Time and memory of Kolmogorov-Arnold attention beside softmax attention, forward, and forward and backward.
 
     python benchmarks/attention.py [--shapes 128x3x197 64x3x1025] [--dtype bf16] [--out rows.jsonl]
-"SDPA" is torch's scaled_dot_product_attention with the backend of its choice, "FlashAttention" with FlashAttention (with
-fp32: memory-efficient attention). "kernels" and, with --plain, "plain" are
+"SDPA" is torch's scaled_dot_product_attention with the backend of its choice, "FlashAttention" with FlashAttention, or
+memory-efficient attention for fp32. "kernels" and, with --plain, "plain" are
 kan_basis.fourier_attention with the kernels and in plain PyTorch.
 ms: replay of a CUDA graph of the call, which is GPU time without gaps of the host; eager ms: the call itself.
 MiB: what the eager call allocates at most, with its results. Ratios are to SDPA in the same pass. Wrong kernels are an
