@@ -158,6 +158,12 @@ def build_model(args: Namespace, num_classes: int | None, weights_follow: bool =
             model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
     except REFUSALS as error:
         raise UserError(f"cannot build {args.model}: {first_line(error)}") from error
+    for patch in getattr(getattr(model, "patch_embed", None), "patch_size", ()):
+        if args.input_size % patch:
+            raise UserError(
+                f"--input-size {args.input_size} is not a multiple of the patch size {patch} of {args.model}: pixels "
+                "at the edges would be dropped"
+            )
     return model
 
 

@@ -456,6 +456,7 @@ def test_fewer_images_than_processes(tmp_path):
         (["nowhere", "--data-set", "DIGITS"], "nowhere does not exist"),
         (["--attn-lr", "inf", "--model", "vit_micro_patch8_32_karat"], "must be finite"),
         (["--model", "kat_micro_patch8_32", "--input-size", "1"], "cannot build"),
+        (["--model", "kat_micro_patch8_32", "--input-size", "33"], "33 is not a multiple of the patch size 8"),
         (["--drop-path", "2"], "between 0 and 1"),
         (["--std", "0", "0", "0"], "--std"),
         (["--eval", "--resume", "auto", "--output-dir", "/nonexistent"], "finds no checkpoint"),
