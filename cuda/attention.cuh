@@ -95,6 +95,7 @@ __device__ __forceinline__ void copy_packed(T* target, const T* packed, int h, i
     for (int f = 0; f < COUNT; f++)
         copy_rows<RANK>(target + f * RANK, WIDTH, packed + (i64)(h * slots + first + f) * size.padded * RANK, RANK,
                         size.chunk, size.padded, RANK, threadIdx.x, blockDim.x);
+    commit_copies();  // also for threads that copy nothing else, whose wait would ignore them
 }
 
 // A grid shares the heads evenly, and the warps of a block form groups. A group takes a block of the rows of an image,

@@ -5,14 +5,13 @@ checks of arguments are in kan_basis/attention.py.
 """
 
 import importlib
-import importlib.util
 import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import attention_mma
+from . import attention_mma, launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BASES = ("fourier", "chebyshev", "radial", "spline")
@@ -24,21 +23,6 @@ MAX_SUMS = 8
 MAX_PARTIALS = 256 << 20  # bytes of the coefficient gradients of parts of the batch
 
 
-@torch.compiler.assume_constant_result
-def _missing() -> str:
-    return _find_triton()
-
-
-@cache
-def _find_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return "" if version >= (3, 3) else f"they need Triton 3.3, not {triton.__version__}: use torch 2.7 or later"
-
-
 @cache
 def _kernels():
     return importlib.import_module(f"{__package__}.attention_kernels")
@@ -46,8 +30,8 @@ def _kernels():
 
 def refusal(shape: tuple[int, ...], dtype: torch.dtype, rank: int, features: int, basis: str, order: int, base: str):
     """Why the kernels do not take q, k and v of this shape (B, h, N, d), "" if they do."""
-    if _missing():
-        return _missing()
+    if reason := launch.no_triton():
+        return reason
     if dtype not in DTYPES:
         return "they take float32, float16 and bfloat16, not float64"
     if basis not in BASES:

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(2 * D) attention_backward_values_kernel(
 }
 
 // dq. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the rows of an image.
-// EXACT: the scale is a power of two.
+// EXACT: q can be multiplied by the scale without rounding.
 template <typename T, typename BASIS, typename BASE, int F, int D, bool EXACT>
 __global__ void __launch_bounds__(512, 1) attention_backward_query_kernel(
     Matrix<const T> q, Matrix<const T> k, const T* packed, const T* dz, Matrix<T> dq, Sizes size, int warps,

@@ -84,14 +84,16 @@ template <int K>
 struct Spline {
     float v, step;
     HD void start(float x, float low, float step_) { step = step_, v = (x - low) * step_; }
-    // The sum over j of (-1)^j binomial(K + 1, j) max((K + 1) / 2 - j - y, 0)^power / power!
-    template <int POWER> HD static float sum(float y) {
+    // The sum over j of (-1)^j binomial(K + 1, j) max((K + 1) / 2 - j - |u|, 0)^power / power!. The cells are half-open:
+    // 0^0 is 1 on the left side, where a cell begins, and 0 on the right.
+    template <int POWER> HD static float sum(float u) {
+        const float y = fabsf(u);
         float total = 0, factor = 1;
         for (int i = 2; i <= POWER; i++) factor /= i;
 #pragma unroll
         for (int j = 0; j < (K + 2) / 2; j++) {
             const float t = (K + 1) * 0.5f - j - y;
-            float power = t > 0 ? 1.0f : 0.0f;
+            float power = t > 0 || (POWER == 0 && t == 0 && u < 0) ? 1.0f : 0.0f;
 #pragma unroll
             for (int i = 0; i < POWER; i++) power *= t;
             total += factor * power;
@@ -100,9 +102,9 @@ struct Spline {
         return total;
     }
     HD float centred(int f) const { return v + ((K - 1) * 0.5f - f); }
-    HD float value(int f) const { return sum<K>(fabsf(centred(f))); }
+    HD float value(int f) const { return sum<K>(centred(f)); }
     HD float derivative(int f) const {
-        const float slope = step * sum<K - 1>(fabsf(centred(f)));
+        const float slope = step * sum<K - 1>(centred(f));
         return centred(f) >= 0 ? -slope : slope;
     }
     template <int P> HD static int source(int f) { return f; }

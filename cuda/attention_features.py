@@ -21,7 +21,7 @@ def _inline_cos(x):
 
 @triton.jit
 def _cos_sin(x, FAST: tl.constexpr):
-    """cos x and sin x. FAST: the units of the hardware, whose error grows as |x| 2^-23; else within 2e-7.
+    """cos x and sin x. FAST: the units of the hardware, whose error grows as |x| 2^-23; else within 2e-7 for |x| < 1e4.
 
     Otherwise x is reduced to |t| <= pi / 4 by multiples of pi / 2 in three parts, and Taylor polynomials follow.
     """
@@ -64,10 +64,10 @@ def advance(state, f: tl.constexpr, BASIS: tl.constexpr):
 
 
 @triton.jit
-def _power(t, N: tl.constexpr):
-    """max(t, 0)^N, N >= 0, where 0^0 = 0."""
+def _power(t, left, N: tl.constexpr):
+    """max(t, 0)^N, N >= 0. Cells are half-open: 0^0 is 1 on the left side, where one begins, and 0 on the right."""
     if N == 0:
-        return tl.where(t > 0, 1.0, 0.0)
+        return tl.where((t > 0) | ((t == 0) & left), 1.0, 0.0)
     else:
         t = tl.maximum(t, 0.0)
         y = t
@@ -85,7 +85,7 @@ def _bump(u, K: tl.constexpr, DERIVATIVE: tl.constexpr):
     for i in tl.static_range(1, K + 1 - DERIVATIVE):
         term = term / i
     for j in tl.static_range((K + 2) // 2):
-        sum += term * _power((K + 1) * 0.5 - j - y, K - DERIVATIVE)
+        sum += term * _power((K + 1) * 0.5 - j - y, u < 0, K - DERIVATIVE)
         term = -term * (K + 1 - j) / (j + 1)
     if DERIVATIVE:
         return tl.where(u >= 0, -sum, sum)

@@ -24,7 +24,7 @@ __global__ void attention_pack_kernel(Matrix<const float> a, i64 a_rank, const f
 }
 
 // z, W^T V and out. Grid: a multiple of h. `warps` form a group. A turn of a group is one of `blocks` blocks of the
-// rows of an image. EXACT: the scale is a power of two, by which q is multiplied without rounding.
+// rows of an image. EXACT: q can be multiplied by the scale without rounding.
 template <typename T, typename BASIS, typename BASE, int F, int D, bool EXACT>
 __global__ void __launch_bounds__(640, 1) attention_forward_kernel(
     Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, const T* packed, T* values, T* z, Matrix<T> out,

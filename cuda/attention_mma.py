@@ -50,9 +50,9 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _exact(scale: float) -> str:
-    """Template argument: whether the scale is a power of two, so that q can be multiplied by it without rounding."""
-    return "true" if math.frexp(scale)[0] == 0.5 else "false"
+def _exact(scale: float, dtype: torch.dtype) -> str:
+    """Template argument: whether q can be multiplied by the scale without rounding, which is then a power of two."""
+    return "true" if dtype is torch.bfloat16 and math.frexp(scale)[0] == 0.5 and 1e-6 < scale <= 1 else "false"
 
 
 def _up(size: int, unit: int = 16) -> int:
@@ -138,7 +138,7 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
     out = q.new_empty(B, N, H, d).transpose(1, 2)
     grid, _ = grids(B, H, N, d, F, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
-    kernel = _kernel("forward", types, (*template, _up(d), _exact(scale)), grid.shared, device)
+    kernel = _kernel("forward", types, (*template, _up(d), _exact(scale, q.dtype)), grid.shared, device)
     kernel(
         grid.blocks,
         32 * grid.warps * grid.groups,
@@ -170,7 +170,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     dq, dk, dv = (q.new_empty(B, N, H, d).transpose(1, 2) for _ in range(3))
     _, grid = grids(B, H, N, d, F, device)
     types = MATRIX * 2 + "PP" + MATRIX + SIZES + "ii"
-    kernel = _kernel("backward_query", types, (*template, D, _exact(scale)), grid.shared, device)
+    kernel = _kernel("backward_query", types, (*template, D, _exact(scale, q.dtype)), grid.shared, device)
     kernel(
         grid.blocks,
         32 * grid.warps * grid.groups,

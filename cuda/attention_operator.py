@@ -138,10 +138,12 @@ def _forward_operator(
 def _backward_operator(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, values: Tensor, packed: Tensor, rank: int, *function
 ) -> tuple[Tensor, ...]:
-    saved, features = (z, values, packed), packed.shape[1] // 2
+    saved, features = (z, values, packed), packed.shape[1] // 2 if packed.ndim == 4 else 0
     fit = (
         grad.shape == q.shape == k.shape == v.shape
         and q.ndim == 4
+        and features > 0
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in saved)
         and all(t.dtype == q.dtype for t in (k, v, *saved))
         and tuple(tuple(t.shape) for t in saved) == _saved_shapes(tuple(q.shape), rank, features)
     )

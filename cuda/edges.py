@@ -11,42 +11,25 @@ torch.compile. The checks of arguments and the definition are in kan_basis/edges
 """
 
 import importlib
-import importlib.util
 import math
 from contextlib import contextmanager
 from functools import cache
-from importlib import metadata
 
 import torch
 from torch import Tensor
+
+from . import launch
 
 FUNCTIONS = (
     *("rational_A", "rational_B"),
     *("mexican_hat", "morlet", "dog", "dog_wavkan", "meyer", "meyer_wavkan", "shannon"),
 )
 MAX_DEGREE = 8
-OLDEST_TRITON = (3, 3)
 # Bytes of the scores of one chunk of images.
 CHUNK = 128 << 20
 # torch.bmm(..., out_dtype=torch.float32) exists for CUDA tensors only.
 _FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 _HALF = (torch.bfloat16, torch.float16)
-
-
-@cache
-def _missing() -> str:
-    """Why Triton kernels do not run on this machine, "" if they do."""
-    if torch.version.hip:
-        return "they are written for GPUs of NVIDIA"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:  # a build of Triton under another name; the import decides
-        return ""
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"they need Triton {'.'.join(map(str, OLDEST_TRITON))}, and {version} is installed"
-    return ""
 
 
 @torch.compiler.assume_constant_result
@@ -58,7 +41,7 @@ def refusal(dtype: torch.dtype, function: str, m: int, n: int, coefficients: int
         function, m, n: one of FUNCTIONS, and the degrees of a rational function.
         coefficients: the number of elements of theta.
     """
-    if reason := _missing():
+    if reason := launch.no_triton():
         return reason
     if dtype not in (torch.float32, *_HALF):
         return f"they take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"

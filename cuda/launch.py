@@ -9,6 +9,7 @@ import importlib.util
 import struct
 import threading
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,12 +19,34 @@ from kan_basis import torch_internals
 
 FOLDER = Path(__file__).resolve().parent
 OPTIONS = ("-std=c++17",)
+OLDEST_TRITON = (3, 3)
 
 
 @cache
 def available() -> bool:
     """Whether CuPy is installed."""
     return importlib.util.find_spec("cupy") is not None
+
+
+@cache
+def _triton() -> str:
+    if torch.version.hip:
+        return "they are written for GPUs of NVIDIA"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of Triton under another name; the import decides
+        return ""
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"they need Triton {'.'.join(map(str, OLDEST_TRITON))}, and {version} is installed"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def no_triton() -> str:
+    """Why kernels in Triton do not run on this machine, "" if they do."""
+    return _triton()
 
 
 @cache

@@ -43,7 +43,7 @@ def attention(
 
     Scores are float32 or float64 up to the features on every path. On the CPU, in float64 and wherever the kernels do
     not run, the definition computes chunks of the batch, and once more in the backward pass. In the kernels, sums are
-    float32, operands of products have the dtype of q, k and v, and there are no second derivatives. No path builds an
+    float32, operands of products have the dtype of q, k and v, and there are no second derivatives. No path keeps an
     N x N tensor for the backward pass.
 
     Args:
@@ -137,7 +137,7 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
         scores = _Fp32Product.apply(query.flatten(0, 1), key.flatten(0, 1))
         return scores.unflatten(0, query.shape[:2]) * scale
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch_internals.no_autocast(query):
         return query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
 
 
@@ -188,6 +188,8 @@ def _check(basis: Basis, base: bool, shapes: tuple, dtypes: tuple, devices: tupl
 
 def _refusal(shape, dtype, device, rank: int, basis: Basis, base_class: str, base: str | None) -> str:
     """Why the kernels do not take these arguments, "" if they do."""
+    if kernels.attention is None:
+        return kernels.missing
     if basis.kernel is None:
         return f"they do not know the basis {basis.name}"
     if base is None:

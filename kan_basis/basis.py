@@ -141,8 +141,11 @@ class Basis:
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if "features" in vars(cls) and "kernel" not in vars(cls):
-            cls.kernel = None  # The kernel of a parent class computes other features.
+        # A class that redefines phi does not inherit the kernel of another phi.
+        for kernel, phi in (("kernel", "features"), ("edge_function", "__call__")):
+            of_kernel, of_phi = (next(i for i, c in enumerate(cls.__mro__) if n in vars(c)) for n in (kernel, phi))
+            if of_phi < of_kernel:
+                setattr(cls, kernel, None)
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -66,7 +66,7 @@ def edge_attention(
 
     def of_images(q: Tensor, k: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
+        with torch_internals.no_autocast(q):
             x = q.to(dtype) @ k.to(dtype).mT * score_scale
         rows = x.transpose(0, 1).flatten(1, 2)  # (h, B M, N)
         return _edges(rows, theta, basis, scale).unflatten(1, (q.shape[0], -1)).transpose(0, 1)
@@ -82,7 +82,8 @@ def has_kernel(x: Tensor, theta: Tensor, basis: Basis) -> bool:
     Raises: ValueError where the kernels were chosen and do not take the tensors.
     """
     phi = basis.edge_function
-    if phi is None or exporting():
+    # An operator would drop the tangents of forward mode.
+    if phi is None or exporting() or not torch.compiler.is_compiling() and torch_internals.forward_mode():
         return False
     if kernels.edges is None:
         refused = kernels.missing

@@ -4,6 +4,8 @@
     cuda   the kernels; where they cannot run, an error that says why
     torch  plain PyTorch
 
+Configurations that no kernel is written for, such as attention with an l1 projection, are plain PyTorch in any case.
+
 The choice concerns tensors on a GPU. Tensors on the CPU are always computed by the definition, whatever the choice: a
 model may be built and checked on the CPU before it moves to the GPU. The environment variable KAN_KERNEL sets the
 choice of a process.
@@ -65,8 +67,8 @@ def refusal(shape, dtype, device, a_shape, b_shape, dim: int) -> str:
 
 
 def takes_attention(device: torch.device) -> bool:
-    """Whether the operators of attention exist for tensors on this device."""
-    return attention is not None and device.type in attention.DEVICES
+    """Whether the operators of attention are meant for tensors on this device."""
+    return device.type in (("cuda",) if attention is None else attention.DEVICES)
 
 
 def path(refused: str, watched: bool, what: str = "rational") -> str:

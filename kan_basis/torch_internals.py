@@ -1,4 +1,4 @@
-"""The private interfaces of torch that the rational function uses, each with a fallback, in this module alone.
+"""The private interfaces of torch that this package uses, each with a fallback, in this module alone.
 
 They answer in nanoseconds what public functions answer in microseconds, or what no public function answers. Where a
 version of torch lacks one, the fallback is slower but right: it is the public function, or it assumes the general case.
@@ -6,6 +6,7 @@ Read in torch 2.6, 2.11 and 2.15.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 
 import torch
@@ -33,6 +34,11 @@ current_device = _private("_C._cuda_getDevice", torch.cuda.current_device)
 _dispatch_modes = _private("_C._len_torch_dispatch_stack", lambda: 1)
 _transform = _private("_C._functorch.peek_interpreter_stack", lambda: True)
 _tracing_state = _private("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Without autocast on the device of x. Meta tensors, which have none, are refused by torch.autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def exporting() -> bool:

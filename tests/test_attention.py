@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import models  # noqa: F401
 from cuda import attention as launches
 from cuda import attention_operator as operators
+from cuda import launch
 from kan_basis import FourierBasis, attention, fourier_attention, kernels, make_basis
 from models.operator import KArAtOperator
 
@@ -182,8 +183,9 @@ def test_phi_after_the_projection_is_as_exact_as_before_and_linear_in_memory():
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Chooses a kernel, also where it cannot run; warnings come again."""
+    """Chooses a kernel, also where it cannot run; Triton counts as installed, and warnings come again."""
     kernels._warned.clear()
+    monkeypatch.setattr(launch, "_triton", lambda: "")
     definition._refusal_once.cache_clear()
     yield lambda choice: monkeypatch.setattr(kernels, "_choice", choice)
     definition._refusal_once.cache_clear()
@@ -248,7 +250,7 @@ def test_tensors_that_the_kernels_do_not_take(reason, choose):
 
 
 def test_kernels_that_are_missing(choose, monkeypatch):
-    monkeypatch.setattr(launches, "_find_triton", lambda: "Triton is not installed")
+    monkeypatch.setattr(launch, "_triton", lambda: "Triton is not installed")
     assert_falls_back(choose, "Triton is not installed", fake())
 
 
@@ -278,8 +280,8 @@ def test_operators_refuse_what_they_were_not_made_for(change):
 
 
 def test_operators_in_the_interpreter():
-    if INTERPRETED or launches._missing():
-        pytest.skip(launches._missing() or "this process interprets them")
+    if INTERPRETED or launch.no_triton():
+        pytest.skip(launch.no_triton() or "this process interprets them")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_interpreted", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1", "KAN_KERNEL": "cuda"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cuda import edges as kernel
+from cuda import launch
 from kan_basis import BASES, edges, kernels, make_basis
 from kan_basis.layer import KANLayer
 from kan_basis.wavelet import WAVELETS, register_wavelet
@@ -128,7 +129,7 @@ def test_errors():
 def choose(monkeypatch):
     """Chooses kernels or definition; Triton counts as installed, and warnings come again."""
     kernels._warned.clear()
-    monkeypatch.setattr(kernel, "_missing", lambda: "")
+    monkeypatch.setattr(launch, "_triton", lambda: "")
     yield lambda choice: monkeypatch.setattr(kernels, "_choice", choice)
 
 
@@ -239,14 +240,14 @@ def test_functions_from_outside_have_the_definition(choose, monkeypatch):
     "version, reason", [("3.2.0", "they need Triton 3.3, and 3.2.0 is installed"), ("3.10.1+git", "")]
 )
 def test_version_of_triton(version, reason, monkeypatch):
-    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(kernel.metadata, "version", lambda name: version)
-    assert kernel._missing.__wrapped__() == reason
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(launch.metadata, "version", lambda name: version)
+    assert launch._triton.__wrapped__() == reason
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
-    assert kernel._missing.__wrapped__() == "Triton is not installed"
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert launch._triton.__wrapped__() == "Triton is not installed"
 
 
 def test_the_choice_does_not_break_a_graph():
@@ -257,7 +258,7 @@ def test_the_choice_does_not_break_a_graph():
         return edges.has_kernel(q, theta, BASIS), q + 1
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager")
-    assert compiled(q, theta)[0] == chosen(q, theta)[0] == (kernel._missing() == "")
+    assert compiled(q, theta)[0] == chosen(q, theta)[0] == (launch.no_triton() == "")
 
 
 SIZES = [(8, 3, 197, 197, 12, 64), (2, 2, 1025, 1025, 12, 64), (5, 4, 50, 50, 7, 32)]  # B, h, M, N, r, d
