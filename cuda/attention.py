@@ -80,10 +80,37 @@ def _strided(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-# Measured on an H200.
-FORWARD = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3)
-BACKWARD_QUERY = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-BACKWARD_KEY = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2)
+# From the fastest configuration, measured on an H200, to the one that needs the least shared memory.
+FORWARD = [dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=stages) for stages in (3, 2, 1)]
+BACKWARD_QUERY = [dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=stages) for stages in (2, 1)]
+BACKWARD_KEY = [
+    dict(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=stages)
+    for m, n, stages in ((32, 64, 2), (32, 32, 1), (16, 16, 1))
+]
+
+
+def _shared(config: dict[str, int], D: int, R: int, F: int, size: int) -> float:
+    """Bytes of shared memory that a kernel needs at most, with elements of `size` bytes; 10 % more than was seen."""
+    m, n, stages = config["BLOCK_M"], config["BLOCK_N"], config["num_stages"]
+    elements = stages * n * (D + F * R) + m * D
+    if config in BACKWARD_KEY:
+        elements = n * R * (F + 1) + stages * m * (D + R) + n * D
+    return 1.1 * size * elements
+
+
+def _fitting(configs: list[dict[str, int]], q: Tensor, s: Shapes) -> dict[str, int]:
+    """The first configuration whose tiles fit in shared memory, otherwise the last one."""
+    limit = launch.shared_memory(q.get_device() if q.is_cuda else None)
+    D, size = s.sizes["BLOCK_D"], q.element_size()
+    return next((c for c in configs if _shared(c, D, s.R, s.F, size) <= limit), configs[-1])
+
+
+def too_large(d: int, rank: int, features: int, size: int, device: int | None) -> str:
+    """Why no configuration fits in the shared memory of a GPU, "" if one does."""
+    needed = _shared(BACKWARD_KEY[-1], _block(d), _block(rank), features, size)
+    if needed <= launch.shared_memory(device):
+        return ""
+    return f"{features} features of rank {rank} need {needed / 1024:.0f} KiB of shared memory"
 
 
 def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, base):
@@ -115,7 +142,7 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
     kernels.project_kernel[(s.B * s.H,)](
         v, packed, values, *v.stride()[:3], s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
     )
-    config = FORWARD
+    config = _fitting(FORWARD, q, s)
     kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]) * s.B * s.H,)](
         q,
         k,
@@ -148,7 +175,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     s = Shapes(q, rank, packed.shape[1] // 2, basis, order, base)
     dz = torch.empty_like(z)
     dq, dk, dv = (_heads_last(q) for _ in range(3))
-    config = BACKWARD_QUERY
+    config = _fitting(BACKWARD_QUERY, q, s)
     blocks = math.ceil(s.N / config["BLOCK_M"])
     parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
     kernels.backward_query_kernel[(blocks * s.B * s.H,)](
@@ -175,7 +202,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
         **s.sizes,
         **config,
     )
-    config = BACKWARD_KEY
+    config = _fitting(BACKWARD_KEY, q, s)
     # Parts of the batch: 12 blocks for each multiprocessor, unless their sums take more memory than MAX_PARTIALS.
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     most = max(1, MAX_PARTIALS // (4 * s.H * (s.F + 1) * s.padded * s.R))

@@ -41,7 +41,10 @@ def refusal(
 ) -> str:
     """Why the kernels do not take q, k and v of this shape (B, h, N, d) on a device, "" if they do."""
     reason = attention.refusal(shape, dtype, rank, features, basis, order, base)
-    return reason or (launch.refusal(device.index) if device.type == "cuda" else "")
+    if reason or device.type != "cuda":
+        return reason
+    large = attention.too_large(shape[-1], rank, features, dtype.itemsize, device.index)
+    return launch.refusal(device.index) or large
 
 
 def _saved_shapes(shape: tuple[int, ...], rank: int, features: int) -> tuple[tuple[int, ...], ...]:

@@ -50,9 +50,16 @@ def no_triton() -> str:
 
 
 @cache
-def shared_memory(device: int) -> int:
-    """Bytes of shared memory that a block may have."""
+def _shared_memory(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@torch.compiler.assume_constant_result
+def shared_memory(device: int | None) -> int:
+    """Bytes of shared memory that a block may have; on a machine without a GPU there is no limit."""
+    if not torch.cuda.is_available():
+        return 1 << 30
+    return _shared_memory(torch.cuda.current_device() if device is None else device)
 
 
 @cache

@@ -484,9 +484,9 @@ FUNCTION = dict(P=6, F=6, ORDER=0, BASIS="fourier", BASE="", FAST=True, D=64, R=
 LAUNCHED = {
     "pack_kernel": dict(BLOCK=launches.ROWS, num_warps=2),
     "project_kernel": dict(BLOCK=launches.ROWS, num_warps=4),
-    "forward_kernel": launches.FORWARD,
-    "backward_query_kernel": launches.BACKWARD_QUERY,
-    "backward_key_kernel": dict(FIRST=0, COUNT=6, **launches.BACKWARD_KEY),
+    "forward_kernel": launches.FORWARD[0],
+    "backward_query_kernel": launches.BACKWARD_QUERY[0],
+    "backward_key_kernel": dict(FIRST=0, COUNT=6, **launches.BACKWARD_KEY[0]),
 }
 
 
@@ -524,3 +524,47 @@ def test_compiles_without_local_memory(architecture, tmp_path, monkeypatch):
         assert 0 < registers <= 255 and compiled.metadata.shared <= 99 << 10, (name, usage)
         # backward_key keeps the sums of all features, and its registers do not suffice.
         assert stack <= (1280 if name == "backward_key_kernel" else 0), (name, usage)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype, d, rank, grid", [("fp32", 64, 32, 3), ("bf16", 64, 12, 11), ("bf16", 128, 33, 4)])
+def test_configurations_fit_in_the_shared_memory_of_small_gpus(dtype, d, rank, grid, tmp_path, monkeypatch):
+    """99 KiB. As on a GPU, addresses and strides are multiples of 16."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from cuda import attention_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 << 10)
+    q = torch.empty(1, 1, 70, d, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    assert launches.too_large(d, rank, 2 * grid, q.element_size(), 0) == ""
+    sizes = launches.Shapes(q, rank, 2 * grid, "fourier", 0, "")
+    fixed = sizes.function | {name: sizes.sizes[name] for name in ("D", "R", "BLOCK_D")} | dict(FAST=dtype != "fp32")
+    for kernel, configs in (
+        (attention_kernels.forward_kernel, launches.FORWARD),
+        (attention_kernels.backward_query_kernel, launches.BACKWARD_QUERY),
+        (attention_kernels.backward_key_kernel, launches.BACKWARD_KEY),
+    ):
+        config = launches._fitting(configs, q, sizes)
+        constants = fixed | {k: v for k, v in config.items() if k.startswith("BLOCK")}
+        if kernel is attention_kernels.backward_key_kernel:
+            constants |= dict(FIRST=0, COUNT=min(launches.MAX_SUMS, 2 * grid))
+        names = kernel.arg_names
+        signature = {p: "constexpr" if p in constants else "i32" for p in names}
+        signature |= {p: f"*{dtype}" for p in names if p.isupper() and p not in (*constants, "N", "PADDED", "H", "B")}
+        signature |= {p: "*fp32" for p in names if p in ("PARTS", "SUMS")}
+        signature |= {p: "fp32" for p in names if p in ("scale", "low", "step")}
+        hints = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(names) if p[0] == "s" or signature[p][0] == "*"}
+        hints = {key: hint for key, hint in hints.items() if signature[names[key[0]]] not in ("fp32", "constexpr")}
+        source = ASTSource(kernel, signature, {(names.index(p),): v for p, v in constants.items()}, hints)
+        options = dict(num_warps=config["num_warps"], num_stages=config["num_stages"])
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.metadata.shared <= 99 << 10, (kernel.fn.__name__, config, compiled.metadata.shared)
+
+
+def test_what_fits_nowhere_is_refused(monkeypatch):
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 << 10)
+    reason = launches.too_large(128, 64, 64, 4, 0)
+    assert re.fullmatch(r"64 features of rank 64 need \d+ KiB of shared memory", reason)
