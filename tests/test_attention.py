@@ -27,7 +27,7 @@ import models  # noqa: F401
 from cuda import attention as launches
 from cuda import attention_operator as operators
 from cuda import launch
-from kan_basis import FourierBasis, attention, fourier_attention, kernels, make_basis
+from kan_basis import FourierBasis, RationalBasis, attention, fourier_attention, kernels, make_basis
 from models.operator import KArAtOperator
 
 definition = importlib.import_module("kan_basis.attention")  # the module, not the function of that name
@@ -568,3 +568,47 @@ def test_what_fits_nowhere_is_refused(monkeypatch):
     monkeypatch.setattr(launch, "shared_memory", lambda device: 99 << 10)
     reason = launches.too_large(128, 64, 64, 4, 0)
     assert re.fullmatch(r"64 features of rank 64 need \d+ KiB of shared memory", reason)
+
+
+def test_a_subclass_with_another_function_has_no_kernel():
+    class Other(FourierBasis):
+        def features(self, x, dim=-1):
+            return 2 * super().features(x, dim)
+
+    class Mixin:
+        def features(self, x, dim=-1):
+            return FourierBasis.features(self, x, dim)
+
+    class Mixed(Mixin, FourierBasis):
+        pass
+
+    class Same(FourierBasis):
+        pass
+
+    class Quotient(RationalBasis):
+        def __call__(self, x, theta):
+            return 2 * super().__call__(x, theta)
+
+    assert Other().kernel is Mixed().kernel is Quotient().edge_function is None
+    assert Same().kernel == FourierBasis().kernel and RationalBasis().edge_function == ("rational_B", 5, 4)
+
+
+def test_a_missing_package_of_kernels_is_named(choose, monkeypatch):
+    monkeypatch.setattr(kernels, "attention", None)
+    monkeypatch.setattr(kernels, "missing", "the package is not there")
+    choose("cuda")
+    with pytest.raises(ValueError, match="the package is not there"):
+        attention(*fake()[:5], FourierBasis(3))
+
+
+def test_meta_tensors():
+    tensors = [None if t is None else t.to("meta") for t in inputs(FourierBasis(2))[:5]]
+    assert attention(*tensors, FourierBasis(2)).shape == (2, 2, 5, 8)
+
+
+@interpreted
+def test_interpreted_splines_at_knots_have_the_slopes_of_half_open_cells():
+    basis = make_basis("spline", grid=4, order=1, grid_range=(-2, 2))
+    q, k, v, c, w, _ = inputs(basis, (1, 2, 5, 16), 3)
+    want, found = (function((0 * q, k, v, c, w, None), basis) for function in (exact, results))
+    assert all(error(found[name], want[name]) < 1e-5 for name in want)

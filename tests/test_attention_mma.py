@@ -156,4 +156,13 @@ def test_grids_hold_every_row_once(shared, monkeypatch):
             assert 1 <= grid.groups <= 15 and grid.warps * grid.groups <= warps
             rows = math.ceil(math.ceil(N / grid.row_blocks) / 16) * 16
             assert rows * grid.row_blocks >= N
+            # As in struct Group: `first` and `stride` of each group of each block of head 0.
+            of_head = grid.blocks // h
+            turns = sorted(
+                turn
+                for block in range(of_head)
+                for index in range(grid.groups)
+                for turn in range(block + index * of_head, B * grid.row_blocks, of_head * grid.groups)
+            )
+            assert turns == list(range(B * grid.row_blocks))
     mma.grids.cache_clear()
