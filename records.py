@@ -1,6 +1,5 @@
 """Records of a run: log.txt, speed.txt, args.json, curves.png, Weights & Biases."""
 
-import itertools
 import json
 import os
 import random
@@ -9,25 +8,25 @@ import time
 from pathlib import Path
 
 from arguments import Arguments
-from utils import UserError, versions, write_atomically
-
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "speed.txt", "args.json", "curves.png")
+from run_folder import RunFolder
+from utils import versions, write_atomically
 
 
 class Records:
     """Files of a run in its output folder (if it has one), and its Weights & Biases log; only rank 0 writes them.
 
+    The folder is this run's until `close`.
     log.txt has one JSON object per epoch, equal for two runs of the same seed; speed.txt the times; args.json the
     arguments, the command and versions; curves.png loss and accuracy over the epochs.
     A `start_epoch` above 0 continues the run in the folder: its entries from that epoch on are dropped.
     """
 
     def __init__(self, folder: Path | None, start_epoch: int, args: Arguments) -> None:
-        self.folder = folder
+        self.folder, self.held = folder, RunFolder(folder) if folder else None
         self.entries, self.plotted = [], time.monotonic()
         if folder:
             about = {"args": args.plain(), "command": sys.argv, "versions": versions()}
-            _prepare_folder(folder, about, fresh=start_epoch == 0)
+            self.held.prepare(about, fresh=start_epoch == 0)
             self.entries = _keep(folder / "log.txt", start_epoch)
             _keep(folder / "speed.txt", start_epoch)
         state = random.getstate()  # W&B may draw from this generator.
@@ -49,6 +48,8 @@ class Records:
         if self.folder and self.entries:
             plot_curves(self.entries, self.folder / "curves.png")
         self._tell_wandb("finish")
+        if self.held:
+            self.held.close()
 
     def _tell_wandb(self, method: str, *args, **kwargs) -> None:
         if self.wandb:
@@ -58,25 +59,6 @@ class Records:
                 reason = f"{type(error).__name__}: {error}"
                 print(f"Weights & Biases {method} failed ({reason}); continuing without it.", flush=True)
                 self.wandb = None
-
-
-def _prepare_folder(folder: Path, about: dict, fresh: bool) -> None:
-    """Make the folder and its args.json; a fresh run first moves the files of an earlier run into a folder earlier-N.
-
-    Raises: UserError if the folder cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        left = [path for name in (*RUN_FILES, "checkpoint-*.pth") for path in folder.glob(name)]
-        if left and fresh:
-            aside = next(folder / f"earlier-{n}" for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
-            aside.mkdir()
-            for path in left:
-                path.rename(aside / path.name)
-            print(f"{folder} held an earlier run: moved to {aside} (to continue a run: --resume auto)", flush=True)
-        write_atomically(folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
-    except OSError as error:
-        raise UserError(f"cannot write into the output folder {folder}: {error.strerror}") from error
 
 
 def _keep(path: Path, start_epoch: int) -> list[dict]:
