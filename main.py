@@ -22,7 +22,7 @@ from arguments import Arguments, Command, parse
 from checkpoint import Checkpoint, find
 from checkpoint.fill import load_all, load_matching
 from checkpoint.read import BEST
-from checkpoint.save import restore, save, state_of
+from checkpoint.save import complete, restore, save, state_of
 from datasets import ImageDataset, build_datasets
 from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
 from kan_basis.kernels import KernelRefusal, use_kernel
@@ -190,7 +190,6 @@ def train(
     start_epoch, updates_per_epoch = 0, -(-len(loader) // args.grad_accum_steps)
     if checkpoint:
         start_epoch = restore(training, checkpoint, updates_per_epoch, args, world)
-        checkpoint.release()
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
         training.updates = start_epoch * updates_per_epoch
@@ -208,10 +207,14 @@ def train(
     if world.is_main:
         try:
             records = Records(folder, start_epoch if continues else 0, args)
+            if checkpoint and folder:
+                complete(folder, checkpoint)
         except UserError as error:
             fault = error
     if sentence := world.gather(fault and str(fault))[0]:  # All processes stop if the folder cannot be written.
         raise UserError(sentence) from fault
+    if checkpoint:
+        checkpoint.release()
     if start_epoch >= training.epochs:
         world.log(f"nothing to train: {start_epoch} of {training.epochs} epochs are done")
     try:

@@ -21,18 +21,40 @@ from .record import Checkpoint, CheckpointError, Progress
 def save(folder: Path, state: dict, is_best: bool, keep_as: str | None = None) -> None:
     """Write `state` as checkpoint.pth; the same file becomes best_checkpoint.pth and `keep_as` where asked.
 
+    Where a kill comes between the files, `complete` or the next save of the epoch makes up for it.
     Raises: CheckpointError if the disk refuses; the earlier files are then untouched.
     """
     try:
-        write_atomically(folder / LAST, lambda file: torch.save(state, file))
-        for name in filter(None, (is_best and BEST, keep_as)):
-            _link(folder / LAST, folder / name)
+        first, *others = filter(None, (keep_as, LAST, is_best and BEST))
+        write_atomically(folder / first, lambda file: torch.save(state, file))
+        for name in others:
+            _link(folder / first, folder / name)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        free = shutil.disk_usage(folder).free >> 20
-        raise CheckpointError(
-            f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an "
-            "earlier one is untouched"
-        ) from error
+        raise _cannot_save(folder, error) from error
+
+
+def complete(folder: Path, checkpoint: Checkpoint) -> None:
+    """Make a resumed checkpoint best_checkpoint.pth where it is the best of its training.
+
+    The training may have been killed after checkpoint.pth was written and before best_checkpoint.pth was.
+    Raises: CheckpointError if the disk refuses.
+    """
+    source, best = Path(checkpoint.source), folder / BEST
+    if not checkpoint.known_best or checkpoint.foreign or not source.is_file():
+        return
+    try:
+        if not (best.exists() and best.samefile(source)):
+            _link(source, best)
+    except OSError as error:
+        raise _cannot_save(folder, error) from error
+
+
+def _cannot_save(folder: Path, error: Exception) -> CheckpointError:
+    free = shutil.disk_usage(folder).free >> 20
+    return CheckpointError(
+        f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an earlier "
+        "one is untouched"
+    )
 
 
 def _link(source: Path, target: Path) -> None:
@@ -42,7 +64,9 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        with open(source, "rb") as file:
+            write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+        return
     os.replace(temporary, target)
     sync_directory(target.parent)
 
