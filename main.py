@@ -19,7 +19,7 @@ from torch import nn
 
 import utils
 from arguments import Arguments, Command, parse
-from checkpoint import Checkpoint, find
+from checkpoint import Checkpoint
 from checkpoint.fill import load_all, load_matching
 from checkpoint.read import BEST
 from checkpoint.save import complete, restore, save, state_of
@@ -79,7 +79,7 @@ def run(command: Command, world: World) -> None:
     world.log(f"{args.data_set}: {images}{len(val_set):,} validation images, {len(classes)} classes")
     name_outputs(model, val_set, classes, resumed or start, args, world)
     if resumed and not args.eval:
-        load_all(model, resumed.weights, args.resume)
+        load_all(model, resumed.weights, resumed.source)
     elif start:
         load_start(model, start, args, world)
     if args.attn_only:
@@ -139,7 +139,7 @@ def evaluate_checkpoint(
         for use_ema in (False, True) if both else (args.use_ema,):
             weights, which = checkpoint.choose(use_ema)
             models[which] = copy.deepcopy(model) if models else model
-            source = f"{args.resume} ({which} weights)"
+            source = f"{checkpoint.source} ({which} weights)"
             if resampled := load_all(models[which], weights, source, resample=True, mode=args.karat_resample):
                 world.log(f"note: resampled {', '.join(resampled)} of {source}")
     results = evaluate(models, loader, amp, world, compiled=args.compile)
@@ -200,13 +200,15 @@ def train(
             training.scheduler.step_update(training.updates)
     continues = False
     if checkpoint and folder:
-        continues = Path(find(args.resume, args.output_dir)).resolve().parent == folder.resolve()
+        continues = Path(checkpoint.source).resolve().parent == folder.resolve()
     elif checkpoint:
         world.log("note: without --output-dir nothing of this run is saved")
     records = fault = None
     if world.is_main:
         try:
-            records = Records(folder, start_epoch if continues else 0, args)
+            records = Records(
+                folder, start_epoch if continues else 0, args, checkpoint.progress.entry if continues else {}
+            )
             if checkpoint and folder:
                 complete(folder, checkpoint)
         except UserError as error:
@@ -254,11 +256,11 @@ def run_epochs(
             training.scheduler.step(epoch + 1, entry.get("test_acc1"))
         rng = world.gather(utils.rng_state(world.device))
         if records:
-            records.add(entry, speed)
             if records.folder:
                 keep = args.save_every and (epoch + 1) % args.save_every == 0
                 keep_as = f"checkpoint-{epoch + 1:04d}.pth" if keep else None
-                save(records.folder, state_of(training, epoch, rng, classes, args.plain()), is_best, keep_as)
+                save(records.folder, state_of(training, entry, rng, classes, args.plain()), is_best, keep_as)
+            records.add(entry, speed)
 
 
 def evaluate_epoch(

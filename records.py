@@ -1,5 +1,6 @@
 """Records of a run: log.txt, speed.txt, args.json, curves.png, Weights & Biases."""
 
+import itertools
 import json
 import os
 import random
@@ -18,16 +19,17 @@ class Records:
     The folder is this run's until `close`.
     log.txt has one JSON object per epoch, equal for two runs of the same seed; speed.txt the times; args.json the
     arguments, the command and versions; curves.png loss and accuracy over the epochs.
-    A `start_epoch` above 0 continues the run in the folder: its entries from that epoch on are dropped.
+    A `start_epoch` above 0 continues the run in the folder: its entries from that epoch on are dropped, and that of
+    the checkpoint is added where a kill came between the checkpoint and log.txt.
     """
 
-    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments) -> None:
+    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments, last: dict) -> None:
         self.folder, self.held = folder, RunFolder(folder) if folder else None
         self.entries, self.plotted = [], time.monotonic()
         if folder:
             about = {"args": args.plain(), "command": sys.argv, "versions": versions()}
             self.held.prepare(about, fresh=start_epoch == 0)
-            self.entries = _keep(folder / "log.txt", start_epoch)
+            self.entries = _keep(folder / "log.txt", start_epoch, last)
             _keep(folder / "speed.txt", start_epoch)
         state = random.getstate()  # W&B may draw from this generator.
         self.wandb = start_wandb(args, folder) if args.run_name else None
@@ -61,13 +63,31 @@ class Records:
                 self.wandb = None
 
 
-def _keep(path: Path, start_epoch: int) -> list[dict]:
-    """Drop the entries of a file from `start_epoch` on, and a last line that a crash cut short; returns the others."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("}\n")]
-    kept = [line for line in lines if json.loads(line)["epoch"] < start_epoch]
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
-    return [json.loads(line) for line in kept]
+def _keep(path: Path, start_epoch: int, last: dict | None = None) -> list[dict]:
+    """Drop the entries of a file from `start_epoch` on, and a last line that a crash cut short; returns the others.
+
+    The entry `last` of the epoch before is added where it is missing. A damaged file is kept under another name.
+    """
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    entries = [entry for entry in map(_entry_of, lines) if entry]
+    if len(entries) < len(lines):
+        names = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        print(f"{path} is damaged: kept as {aside.name}; its readable lines are in the new {path.name}", flush=True)
+    kept = [entry for entry in entries if entry["epoch"] < start_epoch]
+    if last and last.get("epoch") == start_epoch - 1 and last["epoch"] not in [entry["epoch"] for entry in kept]:
+        kept.append(last)
+    write_atomically(path, lambda file: file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode()))
+    return kept
+
+
+def _entry_of(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line)
+        return entry if isinstance(entry["epoch"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def start_wandb(args: Arguments, folder: Path | None):

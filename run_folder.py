@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from utils import UserError, write_atomically
 
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "speed.txt", "args.json", "curves.png")
 LOCK = ".lock"
+# The temporary files of utils.write_atomically and of checkpoint/save.py, which only a killed process leaves.
+TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|checkpoint-\d+\.pth)\.\d+\.tmp")
 
 
 class RunFolder:
@@ -50,9 +53,15 @@ class RunFolder:
         self.lock.close()
 
     def prepare(self, about: dict, fresh: bool) -> None:
-        """Write args.json; a fresh run first moves the files of an earlier run into a folder earlier-N."""
+        """Write args.json; a fresh run first moves the files of an earlier run into a folder earlier-N.
+
+        Temporary files of a killed run are removed, if the lock says that no run in the folder lives.
+        """
         folder = self.path
         try:
+            for path in folder.glob(".*.tmp") if self.is_locked else ():
+                if TEMPORARY.fullmatch(path.name):
+                    path.unlink()
             left = [path for name in (*RUN_FILES, "checkpoint-*.pth") for path in folder.glob(name)]
             if left and fresh:
                 names = (folder / f"earlier-{n}" for n in itertools.count(1))

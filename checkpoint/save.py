@@ -71,7 +71,7 @@ def _link(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: dict[str, Any]) -> dict:
+def state_of(training: Training, entry: dict, rng: list, classes: list[str], args: dict[str, Any]) -> dict:
     """What a checkpoint file holds, see layouts.py."""
     plateau = getattr(training.scheduler, "lr_scheduler", None)
     return {
@@ -80,7 +80,8 @@ def state_of(training: Training, epoch: int, rng: list, classes: list[str], args
         "optimizer": training.optimizer.state_dict(),
         "schedule": plateau.state_dict() if plateau else {},
         "scaler": training.scaler.state_dict(),
-        "epoch": epoch,
+        "epoch": entry["epoch"],
+        "entry": entry,
         "updates": training.updates,
         "best": training.best,
         "rng": rng,
@@ -100,12 +101,12 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
     progress, settings = checkpoint.progress, checkpoint.settings
     if settings.get("opt", args.opt) != args.opt:
         raise CheckpointError(
-            f"{args.resume} was trained with --opt {settings['opt']}: its state does not fit --opt {args.opt}"
+            f"{checkpoint.source} was trained with --opt {settings['opt']}: its state does not fit --opt {args.opt}"
         )
     if progress is None:
         raise CheckpointError(
-            f"{args.resume} holds weights but no training to resume (optimizer and epoch are missing); --finetune "
-            "starts one from them"
+            f"{checkpoint.source} holds weights but no training to resume (optimizer and epoch are missing); "
+            "--finetune starts one from them"
         )
     _restore_optimizer(training, checkpoint, args)
     start = progress.epoch + 1
@@ -118,7 +119,7 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
         )
     training.best = progress.best or training.best
     if training.ema is not None:
-        load_all(training.ema.module, checkpoint.ema or checkpoint.weights, args.resume)
+        load_all(training.ema.module, checkpoint.ema or checkpoint.weights, checkpoint.source)
     plateau = progress.schedule and getattr(training.scheduler, "lr_scheduler", None)
     if training.scheduler is not None and not plateau:
         training.scheduler.step(start)
@@ -131,8 +132,8 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
         _restore_rng(progress, start, args, world)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"scaler, schedule or random states are wrong: {utils.first_line(error)}"
-        raise CheckpointError(f"{args.resume} is damaged ({reason})") from error
-    world.log(f"resumed after epoch {start} from {args.resume}")
+        raise CheckpointError(f"{checkpoint.source} is damaged ({reason})") from error
+    world.log(f"resumed after epoch {start} from {checkpoint.source}")
     return start
 
 
@@ -163,7 +164,7 @@ def _restore_optimizer(training: Training, checkpoint: Checkpoint, args: Namespa
         differ = [f"--{flag.replace('_', '-')}" for flag in flags if used[flag] != getattr(args, flag)]
         reason = f"{', '.join(differ)} differ from its training" if differ else utils.first_line(error)
         raise CheckpointError(
-            f"the state of the optimizer in {args.resume} does not fit this training: {reason}"
+            f"the state of the optimizer in {checkpoint.source} does not fit this training: {reason}"
         ) from error
     for group, setting in zip(training.optimizer.param_groups, settings):
         group.update(setting)
@@ -179,7 +180,7 @@ def _renumbered(training: Training, checkpoint: Checkpoint, args: Namespace) -> 
         sizes = [len(group["params"]) for group in checkpoint.progress.optimizer["param_groups"]]
         state = checkpoint.progress.optimizer["state"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the optimizer in {args.resume} is not one of torch's") from error
+        raise CheckpointError(f"the optimizer in {checkpoint.source} is not one of torch's") from error
     no_decay = getattr(training.model, "no_weight_decay", set)()
     parameters = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
     ordered = [name for name in checkpoint.weights if name in parameters]
@@ -187,16 +188,16 @@ def _renumbered(training: Training, checkpoint: Checkpoint, args: Namespace) -> 
     groups = [ordered] if len(sizes) == 1 else [plain, [name for name in ordered if name not in plain]]
     if sizes != [len(group) for group in groups]:
         raise CheckpointError(
-            f"the optimizer in {args.resume} has groups of {sizes} parameters, which are not those of {args.model}; "
-            "--finetune takes its weights alone"
+            f"the optimizer in {checkpoint.source} has groups of {sizes} parameters, which are not those of "
+            f"{args.model}; --finetune takes its weights alone"
         )
     states = {}
     for i, name in enumerate(sum(groups, [])):
         values, p = state.get(i, {}), parameters[name]
         if any(isinstance(v, Tensor) and v.ndim and v.shape != p.shape for v in values.values()):
             raise CheckpointError(
-                f"the optimizer in {args.resume} does not fit {name} of {args.model}; --finetune takes its weights "
-                "alone"
+                f"the optimizer in {checkpoint.source} does not fit {name} of {args.model}; --finetune takes its "
+                "weights alone"
             )
         if values:
             states[p] = values
