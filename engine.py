@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losses import DistillationLoss
 from param_groups import GradNorms
-from utils import World
+from utils import UserError, World
 
 
 class NonFiniteLoss(Exception):
@@ -36,6 +36,7 @@ class Training:
     grad_norms: GradNorms | None = None
     epochs: int = 0  # with the cool-down
     updates: int = 0  # optimizer steps so far
+    unevaluated: dict | None = None  # results of a trained epoch whose evaluation comes first in a resumed run
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "weights": "", "epoch": -1})
 
 
@@ -162,6 +163,7 @@ def evaluate(
 
     Returns: for each model {acc1, acc5 (per cent; with C < 5 classes acc5 is the top-C accuracy), loss (mean
     cross-entropy per image), images}.
+    Raises: UserError on every process if one of them cannot read an image.
     """
     forwards = []
     for model in models.values():
@@ -169,18 +171,23 @@ def evaluate(
         forwards.append(torch.compile(model, dynamic=False) if compiled else model)
     batch_size = loader.batch_sampler.batch_size if compiled else 0
     sums = torch.zeros(len(models), 3, dtype=torch.float64, device=world.device)  # loss, top-1 hits, top-5 hits
-    count = 0
-    for images, targets in loader:
-        if len(images) < batch_size:
-            images = torch.cat((images, images.new_zeros(batch_size - len(images), *images.shape[1:])))
-        for model_sums, forward in zip(sums, forwards):
-            with autocast(world.device, amp):
-                logits = forward(images)
-            logits = logits[: len(targets)].float()
-            loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
-            hits = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None])
-            model_sums += torch.stack((loss, hits[:, 0].sum(), hits.sum()))
-        count += len(targets)
+    count, fault = 0, None
+    try:
+        for images, targets in loader:
+            if len(images) < batch_size:
+                images = torch.cat((images, images.new_zeros(batch_size - len(images), *images.shape[1:])))
+            for model_sums, forward in zip(sums, forwards):
+                with autocast(world.device, amp):
+                    logits = forward(images)
+                logits = logits[: len(targets)].float()
+                loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
+                hits = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None])
+                model_sums += torch.stack((loss, hits[:, 0].sum(), hits.sum()))
+            count += len(targets)
+    except UserError as error:  # A corrupt image stops all processes, not only the one that meets it.
+        fault = error
+    if sentence := next(filter(None, world.gather(fault and str(fault))), None):
+        raise UserError(sentence) from fault
     *totals, total = world.all_sum(*sums.flatten().tolist(), count)
     return {
         name: {"acc1": 100 * top1 / total, "acc5": 100 * top5 / total, "loss": loss / total, "images": int(total)}

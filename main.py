@@ -192,7 +192,7 @@ def train(
         start_epoch = restore(training, checkpoint, updates_per_epoch, args, world)
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
-        training.updates = start_epoch * updates_per_epoch
+        training.updates, training.unevaluated = start_epoch * updates_per_epoch, None
         if training.scheduler and (args.sched != "plateau" or args.warmup_epochs):
             # Plateau keeps the checkpoint's rate; without a checkpoint it starts at the end of the warm-up.
             fresh_plateau = args.sched == "plateau" and not checkpoint
@@ -206,9 +206,8 @@ def train(
     records = fault = None
     if world.is_main:
         try:
-            records = Records(
-                folder, start_epoch if continues else 0, args, checkpoint.progress.entry if continues else {}
-            )
+            goes_on = continues and (start_epoch > 0 or training.unevaluated)
+            records = Records(folder, start_epoch, args, checkpoint.progress.entry if goes_on else None)
             if checkpoint and folder:
                 complete(folder, checkpoint)
         except UserError as error:
@@ -243,14 +242,24 @@ def run_epochs(
 ) -> None:
     for epoch in epochs:
         loader.sampler.set_epoch(epoch)
-        entry, speed = train_one_epoch(training, loader, epoch, epochs.stop, args, world)
-        entry = {"epoch": epoch, **entry}
+        entry, speed = training.unevaluated, {}
+        if entry is None:
+            entry, speed = train_one_epoch(training, loader, epoch, epochs.stop, args, world)
+        entry, training.unevaluated = {"epoch": epoch, **entry}, None
         is_best = False
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs.stop:
             if world.world_size > 1:  # Each process has its own batch-norm statistics: evaluate and save their mean.
                 for averaged in filter(None, (training.model, training.ema)):
                     distribute_bn(averaged, world.world_size, reduce=True)
-            is_best = evaluate_epoch(training, val_loader, epoch, entry, args, world)
+            rng = world.gather(utils.rng_state(world.device))
+            try:
+                is_best = evaluate_epoch(training, val_loader, epoch, entry, args, world)
+            except (Exception, KeyboardInterrupt):
+                if records and records.folder:
+                    state = state_of(training, entry, rng, classes, args.plain())
+                    save(records.folder, {**state, "evaluated": False}, is_best=False)
+                    world.log(f"epoch {epoch + 1} is saved; --resume auto goes on with its evaluation")
+                raise
         if training.scheduler:
             # The rate of the next epoch. DeiT's loop passes `epoch` here, so its rate lags the schedule by one epoch.
             training.scheduler.step(epoch + 1, entry.get("test_acc1"))

@@ -19,16 +19,16 @@ class Records:
     The folder is this run's until `close`.
     log.txt has one JSON object per epoch, equal for two runs of the same seed; speed.txt the times; args.json the
     arguments, the command and versions; curves.png loss and accuracy over the epochs.
-    A `start_epoch` above 0 continues the run in the folder: its entries from that epoch on are dropped, and that of
-    the checkpoint is added where a kill came between the checkpoint and log.txt.
+    With the entry `last` of a checkpoint, the run in the folder continues: its entries from `start_epoch` on are
+    dropped, and `last` is added where a kill came between the checkpoint and log.txt. None starts a fresh run.
     """
 
-    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments, last: dict) -> None:
+    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments, last: dict | None) -> None:
         self.folder, self.held = folder, RunFolder(folder) if folder else None
         self.entries, self.plotted = [], time.monotonic()
         if folder:
             about = {"args": args.plain(), "command": sys.argv, "versions": versions()}
-            self.held.prepare(about, fresh=start_epoch == 0)
+            self.held.prepare(about, fresh=last is None)
             self.entries = _keep(folder / "log.txt", start_epoch, last)
             _keep(folder / "speed.txt", start_epoch)
         state = random.getstate()  # W&B may draw from this generator.

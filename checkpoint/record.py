@@ -23,6 +23,7 @@ class Progress:
         best: accuracy in per cent, "raw" or "EMA" weights, and their epoch.
         rng: states of the random generators, one for each process.
         entry: the line of log.txt for the epoch.
+        evaluated: False if the evaluation of the epoch failed, and is what a resumed run begins with.
     """
 
     optimizer: dict[str, Any]
@@ -33,6 +34,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     rng: list[dict] = field(default_factory=list)
     entry: dict[str, Any] = field(default_factory=dict)
+    evaluated: bool = True
 
     @classmethod
     def from_entries(cls, entries: dict[str, Any]) -> "Progress | None":

@@ -109,13 +109,15 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
             "--finetune starts one from them"
         )
     _restore_optimizer(training, checkpoint, args)
-    start = progress.epoch + 1
+    start = progress.epoch + progress.evaluated
+    training.unevaluated = None if progress.evaluated else progress.entry
     # With another global batch an epoch has another number of updates: the schedule goes on from the same epoch.
-    training.updates = start * updates_per_epoch
+    training.updates = (progress.epoch + 1) * updates_per_epoch
     if not checkpoint.foreign and progress.updates != training.updates:
+        before = progress.updates // (progress.epoch + 1)
         world.log(
-            f"note: an epoch has {updates_per_epoch} optimizer steps now and had {progress.updates // start}; "
-            "the schedule goes on from the same epoch"
+            f"note: an epoch has {updates_per_epoch} optimizer steps now and had {before}; the schedule goes on from "
+            "the same epoch"
         )
     training.best = progress.best or training.best
     if training.ema is not None:
@@ -133,7 +135,8 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"scaler, schedule or random states are wrong: {utils.first_line(error)}"
         raise CheckpointError(f"{checkpoint.source} is damaged ({reason})") from error
-    world.log(f"resumed after epoch {start} from {checkpoint.source}")
+    then = "" if progress.evaluated else ", whose evaluation follows"
+    world.log(f"resumed after epoch {progress.epoch + 1} from {checkpoint.source}{then}")
     return start
 
 
