@@ -17,6 +17,7 @@ from timm.data.loader import PrefetchLoader
 from timm.utils import distribute_bn
 from torch import nn
 
+import stopping
 import utils
 from arguments import Arguments, Command, parse
 from checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from checkpoint.fill import load_all, load_matching
 from checkpoint.read import BEST
 from checkpoint.save import complete, restore, save, state_of
 from datasets import ImageDataset, build_datasets
-from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
+from engine import NonFiniteLoss, Training, evaluate, stop_if_requested, train_one_epoch
 from kan_basis.kernels import KernelRefusal, use_kernel
 from labels import output_indices
 from model_factory import build_model, freeze_all_but_attention, is_ours, on_meta, outputs_of, portable
@@ -48,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteLoss as error:
         sys.stderr.write(f"stopped (process {rank}): {error}; the checkpoint of the last good epoch is untouched\n")
         return 1
+    except stopping.Stopped as signal:
+        if rank == "0":
+            then = "--resume auto continues after the last saved epoch"
+            saved = then if command.args.output_dir else "without --output-dir nothing of this run is saved"
+            sys.stderr.write(f"{signal}; {saved}\n")
+        return signal.code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; --resume auto continues after the last finished epoch\n")
         return 130
@@ -218,8 +225,10 @@ def train(
         checkpoint.release()
     if start_epoch >= training.epochs:
         world.log(f"nothing to train: {start_epoch} of {training.epochs} epochs are done")
+    epochs = range(start_epoch, training.epochs)
     try:
-        run_epochs(training, range(start_epoch, training.epochs), loader, val_loader, records, classes, args, world)
+        with stopping.orderly():
+            run_epochs(training, epochs, loader, val_loader, records, classes, args, world)
     finally:
         if records:
             records.close()
@@ -270,6 +279,8 @@ def run_epochs(
                 keep_as = f"checkpoint-{epoch + 1:04d}.pth" if keep else None
                 save(records.folder, state_of(training, entry, rng, classes, args.plain()), is_best, keep_as)
             records.add(entry, speed)
+        if epoch + 1 < epochs.stop:
+            stop_if_requested(world)
 
 
 def evaluate_epoch(
