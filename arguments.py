@@ -150,7 +150,7 @@ def parse(argv: list[str] | None = None, load: Callable[[str], Checkpoint] = rea
     checkpoint = load(source) if source else None
     trained = checkpoint and _model_of(checkpoint)
     if resume and not (first.model or trained):
-        raise UserError(f"{first.resume} does not say which model it is of: name it with --model")
+        raise UserError(f"{resume} does not say which model it is of: name it with --model")
     name = first.model or trained or "kat_tiny_patch16_224"
     parser.set_defaults(model=name)
     cfg = timm.get_pretrained_cfg(name)
@@ -223,7 +223,7 @@ def _resume_settings(parser: Parser, checkpoint: Checkpoint, first: Arguments, c
         value = None if action.dest in left_out else settings.get(action.dest)
         if value is not None:
             if not flags.takes(action, value):
-                raise UserError(f"{first.resume} is damaged: its argument '{action.dest}' has an impossible value")
+                raise UserError(f"{checkpoint.source} is damaged: its argument '{action.dest}' has an impossible value")
             parser.set_defaults(**{action.dest: value})
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from losses import DistillationLoss
 from param_groups import GradNorms
-from utils import World
+from stopping import Stopped, requested
+from utils import UserError, World
 
 
 class NonFiniteLoss(Exception):
@@ -36,6 +37,7 @@ class Training:
     grad_norms: GradNorms | None = None
     epochs: int = 0  # with the cool-down
     updates: int = 0  # optimizer steps so far
+    unevaluated: dict | None = None  # results of a trained epoch whose evaluation comes first in a resumed run
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "weights": "", "epoch": -1})
 
 
@@ -52,7 +54,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
 
     Returns: ({train_loss: mean over the images of all processes; train_lr; with run.grad_norms the mean norms},
         {train_seconds, images_per_second, ...} of all processes).
-    Raises: NonFiniteLoss on every process.
+    A signal stops the epoch before its last step: one process after the current step, several at their next log line.
+    Raises: NonFiniteLoss or Stopped, on every process.
     """
     run.forward.train(args.train_mode)
     device, steps = world.device, len(loader)
@@ -86,6 +89,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
         images_seen += len(targets)
         if is_update:
             _update(run, args)
+        if world.world_size == 1 and not is_last:
+            stop_if_requested(world)
         if is_last or (step + 1) % args.print_freq == 0:
             _stop_if_not_finite(first_bad, epoch, world)
             now = images_seen, loss_sum.item(), time.perf_counter()
@@ -100,6 +105,8 @@ def train_one_epoch(run: Training, loader, epoch: int, epochs: int, args, world:
                 norms = run.grad_norms.last().items()
                 message += "  grad norms " + "  ".join(f"{kind} {norm:.2e}" for kind, norm in norms)
             world.log(f"{title}  step {step + 1}/{steps}  {message}")
+            if not is_last:
+                stop_if_requested(world)
     total, count = world.all_sum(loss_sum.item(), images_seen)
     seconds = time.perf_counter() - start
     speed = {"train_seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
@@ -143,6 +150,12 @@ def _accumulation_window(step: int, steps: int, accumulate: int) -> int:
     return min(accumulate, steps - first)
 
 
+def stop_if_requested(world: World) -> None:
+    """Raises: Stopped on every process if one of them has received a signal."""
+    if number := max(world.gather(requested())):
+        raise Stopped(number)
+
+
 def _stop_if_not_finite(first_bad: Tensor, epoch: int, world: World) -> None:
     steps = world.gather(first_bad.item())
     bad = [f"rank {rank} at step {step + 1}" for rank, step in enumerate(steps) if step >= 0]
@@ -162,6 +175,7 @@ def evaluate(
 
     Returns: for each model {acc1, acc5 (per cent; with C < 5 classes acc5 is the top-C accuracy), loss (mean
     cross-entropy per image), images}.
+    Raises: on every process UserError if one of them cannot read an image, Stopped if one has received a signal.
     """
     forwards = []
     for model in models.values():
@@ -169,18 +183,26 @@ def evaluate(
         forwards.append(torch.compile(model, dynamic=False) if compiled else model)
     batch_size = loader.batch_sampler.batch_size if compiled else 0
     sums = torch.zeros(len(models), 3, dtype=torch.float64, device=world.device)  # loss, top-1 hits, top-5 hits
-    count = 0
-    for images, targets in loader:
-        if len(images) < batch_size:
-            images = torch.cat((images, images.new_zeros(batch_size - len(images), *images.shape[1:])))
-        for model_sums, forward in zip(sums, forwards):
-            with autocast(world.device, amp):
-                logits = forward(images)
-            logits = logits[: len(targets)].float()
-            loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
-            hits = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None])
-            model_sums += torch.stack((loss, hits[:, 0].sum(), hits.sum()))
-        count += len(targets)
+    count, fault = 0, None
+    try:
+        for images, targets in loader:
+            if requested():
+                break
+            if len(images) < batch_size:
+                images = torch.cat((images, images.new_zeros(batch_size - len(images), *images.shape[1:])))
+            for model_sums, forward in zip(sums, forwards):
+                with autocast(world.device, amp):
+                    logits = forward(images)
+                logits = logits[: len(targets)].float()
+                loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
+                hits = logits.topk(min(5, logits.shape[1]), 1).indices.eq(targets[:, None])
+                model_sums += torch.stack((loss, hits[:, 0].sum(), hits.sum()))
+            count += len(targets)
+    except UserError as error:  # A corrupt image stops all processes, not only the one that meets it.
+        fault = error
+    if sentence := next(filter(None, world.gather(fault and str(fault))), None):
+        raise UserError(sentence) from fault
+    stop_if_requested(world)
     *totals, total = world.all_sum(*sums.flatten().tolist(), count)
     return {
         name: {"acc1": 100 * top1 / total, "acc5": 100 * top5 / total, "loss": loss / total, "images": int(total)}

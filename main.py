@@ -17,14 +17,15 @@ from timm.data.loader import PrefetchLoader
 from timm.utils import distribute_bn
 from torch import nn
 
+import stopping
 import utils
 from arguments import Arguments, Command, parse
-from checkpoint import Checkpoint, find
+from checkpoint import Checkpoint
 from checkpoint.fill import load_all, load_matching
 from checkpoint.read import BEST
-from checkpoint.save import restore, save, state_of
+from checkpoint.save import complete, restore, save, state_of
 from datasets import ImageDataset, build_datasets
-from engine import NonFiniteLoss, Training, evaluate, train_one_epoch
+from engine import NonFiniteLoss, Training, evaluate, stop_if_requested, train_one_epoch
 from kan_basis.kernels import KernelRefusal, use_kernel
 from labels import output_indices
 from model_factory import build_model, freeze_all_but_attention, is_ours, on_meta, outputs_of, portable
@@ -48,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteLoss as error:
         sys.stderr.write(f"stopped (process {rank}): {error}; the checkpoint of the last good epoch is untouched\n")
         return 1
+    except stopping.Stopped as signal:
+        if rank == "0":
+            then = "--resume auto continues after the last saved epoch"
+            saved = then if command.args.output_dir else "without --output-dir nothing of this run is saved"
+            sys.stderr.write(f"{signal}; {saved}\n")
+        return signal.code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; --resume auto continues after the last finished epoch\n")
         return 130
@@ -79,7 +86,7 @@ def run(command: Command, world: World) -> None:
     world.log(f"{args.data_set}: {images}{len(val_set):,} validation images, {len(classes)} classes")
     name_outputs(model, val_set, classes, resumed or start, args, world)
     if resumed and not args.eval:
-        load_all(model, resumed.weights, args.resume)
+        load_all(model, resumed.weights, resumed.source)
     elif start:
         load_start(model, start, args, world)
     if args.attn_only:
@@ -139,7 +146,7 @@ def evaluate_checkpoint(
         for use_ema in (False, True) if both else (args.use_ema,):
             weights, which = checkpoint.choose(use_ema)
             models[which] = copy.deepcopy(model) if models else model
-            source = f"{args.resume} ({which} weights)"
+            source = f"{checkpoint.source} ({which} weights)"
             if resampled := load_all(models[which], weights, source, resample=True, mode=args.karat_resample):
                 world.log(f"note: resampled {', '.join(resampled)} of {source}")
     results = evaluate(models, loader, amp, world, compiled=args.compile)
@@ -190,10 +197,9 @@ def train(
     start_epoch, updates_per_epoch = 0, -(-len(loader) // args.grad_accum_steps)
     if checkpoint:
         start_epoch = restore(training, checkpoint, updates_per_epoch, args, world)
-        checkpoint.release()
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
-        training.updates = start_epoch * updates_per_epoch
+        training.updates, training.unevaluated = start_epoch * updates_per_epoch, None
         if training.scheduler and (args.sched != "plateau" or args.warmup_epochs):
             # Plateau keeps the checkpoint's rate; without a checkpoint it starts at the end of the warm-up.
             fresh_plateau = args.sched == "plateau" and not checkpoint
@@ -201,21 +207,28 @@ def train(
             training.scheduler.step_update(training.updates)
     continues = False
     if checkpoint and folder:
-        continues = Path(find(args.resume, args.output_dir)).resolve().parent == folder.resolve()
+        continues = Path(checkpoint.source).resolve().parent == folder.resolve()
     elif checkpoint:
         world.log("note: without --output-dir nothing of this run is saved")
     records = fault = None
     if world.is_main:
         try:
-            records = Records(folder, start_epoch if continues else 0, args)
+            goes_on = continues and (start_epoch > 0 or training.unevaluated)
+            records = Records(folder, start_epoch, args, checkpoint.progress.entry if goes_on else None)
+            if checkpoint and folder:
+                complete(folder, checkpoint)
         except UserError as error:
             fault = error
     if sentence := world.gather(fault and str(fault))[0]:  # All processes stop if the folder cannot be written.
         raise UserError(sentence) from fault
+    if checkpoint:
+        checkpoint.release()
     if start_epoch >= training.epochs:
         world.log(f"nothing to train: {start_epoch} of {training.epochs} epochs are done")
+    epochs = range(start_epoch, training.epochs)
     try:
-        run_epochs(training, range(start_epoch, training.epochs), loader, val_loader, records, classes, args, world)
+        with stopping.orderly():
+            run_epochs(training, epochs, loader, val_loader, records, classes, args, world)
     finally:
         if records:
             records.close()
@@ -238,24 +251,36 @@ def run_epochs(
 ) -> None:
     for epoch in epochs:
         loader.sampler.set_epoch(epoch)
-        entry, speed = train_one_epoch(training, loader, epoch, epochs.stop, args, world)
-        entry = {"epoch": epoch, **entry}
+        entry, speed = training.unevaluated, {}
+        if entry is None:
+            entry, speed = train_one_epoch(training, loader, epoch, epochs.stop, args, world)
+        entry, training.unevaluated = {"epoch": epoch, **entry}, None
         is_best = False
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs.stop:
             if world.world_size > 1:  # Each process has its own batch-norm statistics: evaluate and save their mean.
                 for averaged in filter(None, (training.model, training.ema)):
                     distribute_bn(averaged, world.world_size, reduce=True)
-            is_best = evaluate_epoch(training, val_loader, epoch, entry, args, world)
+            rng = world.gather(utils.rng_state(world.device))
+            try:
+                is_best = evaluate_epoch(training, val_loader, epoch, entry, args, world)
+            except (Exception, KeyboardInterrupt):
+                if records and records.folder:
+                    state = state_of(training, entry, rng, classes, args.plain())
+                    save(records.folder, {**state, "evaluated": False}, is_best=False)
+                    world.log(f"epoch {epoch + 1} is saved; --resume auto goes on with its evaluation")
+                raise
         if training.scheduler:
             # The rate of the next epoch. DeiT's loop passes `epoch` here, so its rate lags the schedule by one epoch.
             training.scheduler.step(epoch + 1, entry.get("test_acc1"))
         rng = world.gather(utils.rng_state(world.device))
         if records:
-            records.add(entry, speed)
             if records.folder:
                 keep = args.save_every and (epoch + 1) % args.save_every == 0
                 keep_as = f"checkpoint-{epoch + 1:04d}.pth" if keep else None
-                save(records.folder, state_of(training, epoch, rng, classes, args.plain()), is_best, keep_as)
+                save(records.folder, state_of(training, entry, rng, classes, args.plain()), is_best, keep_as)
+            records.add(entry, speed)
+        if epoch + 1 < epochs.stop:
+            stop_if_requested(world)
 
 
 def evaluate_epoch(

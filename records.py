@@ -9,26 +9,27 @@ import time
 from pathlib import Path
 
 from arguments import Arguments
-from utils import UserError, versions, write_atomically
-
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "speed.txt", "args.json", "curves.png")
+from run_folder import RunFolder
+from utils import versions, write_atomically
 
 
 class Records:
     """Files of a run in its output folder (if it has one), and its Weights & Biases log; only rank 0 writes them.
 
+    The folder is this run's until `close`.
     log.txt has one JSON object per epoch, equal for two runs of the same seed; speed.txt the times; args.json the
     arguments, the command and versions; curves.png loss and accuracy over the epochs.
-    A `start_epoch` above 0 continues the run in the folder: its entries from that epoch on are dropped.
+    With the entry `last` of a checkpoint, the run in the folder continues: its entries from `start_epoch` on are
+    dropped, and `last` is added where a kill came between the checkpoint and log.txt. None starts a fresh run.
     """
 
-    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, start_epoch: int, args: Arguments, last: dict | None) -> None:
+        self.folder, self.held = folder, RunFolder(folder) if folder else None
         self.entries, self.plotted = [], time.monotonic()
         if folder:
             about = {"args": args.plain(), "command": sys.argv, "versions": versions()}
-            _prepare_folder(folder, about, fresh=start_epoch == 0)
-            self.entries = _keep(folder / "log.txt", start_epoch)
+            self.held.prepare(about, fresh=last is None)
+            self.entries = _keep(folder / "log.txt", start_epoch, last)
             _keep(folder / "speed.txt", start_epoch)
         state = random.getstate()  # W&B may draw from this generator.
         self.wandb = start_wandb(args, folder) if args.run_name else None
@@ -49,6 +50,8 @@ class Records:
         if self.folder and self.entries:
             plot_curves(self.entries, self.folder / "curves.png")
         self._tell_wandb("finish")
+        if self.held:
+            self.held.close()
 
     def _tell_wandb(self, method: str, *args, **kwargs) -> None:
         if self.wandb:
@@ -60,32 +63,31 @@ class Records:
                 self.wandb = None
 
 
-def _prepare_folder(folder: Path, about: dict, fresh: bool) -> None:
-    """Make the folder and its args.json; a fresh run first moves the files of an earlier run into a folder earlier-N.
+def _keep(path: Path, start_epoch: int, last: dict | None = None) -> list[dict]:
+    """Drop the entries of a file from `start_epoch` on, and a last line that a crash cut short; returns the others.
 
-    Raises: UserError if the folder cannot be made or written.
+    The entry `last` of the epoch before is added where it is missing. A damaged file is kept under another name.
     """
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    entries = [entry for entry in map(_entry_of, lines) if entry]
+    if len(entries) < len(lines):
+        names = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        print(f"{path} is damaged: kept as {aside.name}; its readable lines are in the new {path.name}", flush=True)
+    kept = [entry for entry in entries if entry["epoch"] < start_epoch]
+    if last and last.get("epoch") == start_epoch - 1 and last["epoch"] not in [entry["epoch"] for entry in kept]:
+        kept.append(last)
+    write_atomically(path, lambda file: file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode()))
+    return kept
+
+
+def _entry_of(line: bytes) -> dict | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        left = [path for name in (*RUN_FILES, "checkpoint-*.pth") for path in folder.glob(name)]
-        if left and fresh:
-            aside = next(folder / f"earlier-{n}" for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
-            aside.mkdir()
-            for path in left:
-                path.rename(aside / path.name)
-            print(f"{folder} held an earlier run: moved to {aside} (to continue a run: --resume auto)", flush=True)
-        write_atomically(folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
-    except OSError as error:
-        raise UserError(f"cannot write into the output folder {folder}: {error.strerror}") from error
-
-
-def _keep(path: Path, start_epoch: int) -> list[dict]:
-    """Drop the entries of a file from `start_epoch` on, and a last line that a crash cut short; returns the others."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("}\n")]
-    kept = [line for line in lines if json.loads(line)["epoch"] < start_epoch]
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
-    return [json.loads(line) for line in kept]
+        entry = json.loads(line)
+        return entry if isinstance(entry["epoch"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def start_wandb(args: Arguments, folder: Path | None):

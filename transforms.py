@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
 from models.timm_internals import replace_crop, replace_operation
+from stopping import outlive_signals
 from utils import UserError
 
 SMALL_INPUT = 32  # pixels; up to this size there is no random resized crop and no centre crop, as in DeiT
@@ -98,6 +99,7 @@ def build_loader(
         drop_last=is_train,
         num_workers=num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        worker_init_fn=outlive_signals,
     )
     return PrefetchLoader(
         loader,

@@ -1,7 +1,7 @@
 """The layouts of checkpoint files, ours and foreign ones, and how each becomes a Checkpoint.
 
-Ours is one dictionary: model and model_ema (weights), optimizer, scaler, epoch, updates, schedule, best and rng (see
-Progress), args (arguments of main.py with model and model_options), versions, classes.
+Ours is one dictionary: model and model_ema (weights), optimizer, scaler, epoch, updates, schedule, best, rng, entry and
+evaluated (see Progress), args (arguments of main.py with model and model_options), versions, classes.
 """
 
 import argparse
@@ -48,6 +48,8 @@ ENTRIES = {
     **dict.fromkeys(("epoch", "updates"), lambda v: isinstance(v, int) and v >= 0),
     "best": lambda v: _dictionary(v) and all(isinstance(v.get(key), kind) for key, kind in BEST_ENTRIES.items() if v),
     "rng": lambda v: isinstance(v, list) and all(map(_dictionary, v)),
+    "entry": lambda v: _dictionary(v) and all(isinstance(x, (int, float, str)) for kv in v.items() for x in kv),
+    "evaluated": lambda v: isinstance(v, bool),
     "classes": lambda v: isinstance(v, list) and all(isinstance(c, str) for c in v),
 }
 # What the settings of a model and its images may be.

@@ -22,6 +22,8 @@ class Progress:
         schedule: state of a plateau schedule.
         best: accuracy in per cent, "raw" or "EMA" weights, and their epoch.
         rng: states of the random generators, one for each process.
+        entry: the line of log.txt for the epoch.
+        evaluated: False if the evaluation of the epoch failed, and is what a resumed run begins with.
     """
 
     optimizer: dict[str, Any]
@@ -31,6 +33,8 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     rng: list[dict] = field(default_factory=list)
+    entry: dict[str, Any] = field(default_factory=dict)
+    evaluated: bool = True
 
     @classmethod
     def from_entries(cls, entries: dict[str, Any]) -> "Progress | None":

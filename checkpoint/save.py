@@ -21,18 +21,40 @@ from .record import Checkpoint, CheckpointError, Progress
 def save(folder: Path, state: dict, is_best: bool, keep_as: str | None = None) -> None:
     """Write `state` as checkpoint.pth; the same file becomes best_checkpoint.pth and `keep_as` where asked.
 
+    Where a kill comes between the files, `complete` or the next save of the epoch makes up for it.
     Raises: CheckpointError if the disk refuses; the earlier files are then untouched.
     """
     try:
-        write_atomically(folder / LAST, lambda file: torch.save(state, file))
-        for name in filter(None, (is_best and BEST, keep_as)):
-            _link(folder / LAST, folder / name)
+        first, *others = filter(None, (keep_as, LAST, is_best and BEST))
+        write_atomically(folder / first, lambda file: torch.save(state, file))
+        for name in others:
+            _link(folder / first, folder / name)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        free = shutil.disk_usage(folder).free >> 20
-        raise CheckpointError(
-            f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an "
-            "earlier one is untouched"
-        ) from error
+        raise _cannot_save(folder, error) from error
+
+
+def complete(folder: Path, checkpoint: Checkpoint) -> None:
+    """Make a resumed checkpoint best_checkpoint.pth where it is the best of its training.
+
+    The training may have been killed after checkpoint.pth was written and before best_checkpoint.pth was.
+    Raises: CheckpointError if the disk refuses.
+    """
+    source, best = Path(checkpoint.source), folder / BEST
+    if not checkpoint.known_best or checkpoint.foreign or not source.is_file():
+        return
+    try:
+        if not (best.exists() and best.samefile(source)):
+            _link(source, best)
+    except OSError as error:
+        raise _cannot_save(folder, error) from error
+
+
+def _cannot_save(folder: Path, error: Exception) -> CheckpointError:
+    free = shutil.disk_usage(folder).free >> 20
+    return CheckpointError(
+        f"cannot write a checkpoint into {folder}, where {free} MiB are free ({utils.first_line(error)}); an earlier "
+        "one is untouched"
+    )
 
 
 def _link(source: Path, target: Path) -> None:
@@ -42,12 +64,14 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        with open(source, "rb") as file:
+            write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+        return
     os.replace(temporary, target)
     sync_directory(target.parent)
 
 
-def state_of(training: Training, epoch: int, rng: list, classes: list[str], args: dict[str, Any]) -> dict:
+def state_of(training: Training, entry: dict, rng: list, classes: list[str], args: dict[str, Any]) -> dict:
     """What a checkpoint file holds, see layouts.py."""
     plateau = getattr(training.scheduler, "lr_scheduler", None)
     return {
@@ -56,7 +80,8 @@ def state_of(training: Training, epoch: int, rng: list, classes: list[str], args
         "optimizer": training.optimizer.state_dict(),
         "schedule": plateau.state_dict() if plateau else {},
         "scaler": training.scaler.state_dict(),
-        "epoch": epoch,
+        "epoch": entry["epoch"],
+        "entry": entry,
         "updates": training.updates,
         "best": training.best,
         "rng": rng,
@@ -76,25 +101,27 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
     progress, settings = checkpoint.progress, checkpoint.settings
     if settings.get("opt", args.opt) != args.opt:
         raise CheckpointError(
-            f"{args.resume} was trained with --opt {settings['opt']}: its state does not fit --opt {args.opt}"
+            f"{checkpoint.source} was trained with --opt {settings['opt']}: its state does not fit --opt {args.opt}"
         )
     if progress is None:
         raise CheckpointError(
-            f"{args.resume} holds weights but no training to resume (optimizer and epoch are missing); --finetune "
-            "starts one from them"
+            f"{checkpoint.source} holds weights but no training to resume (optimizer and epoch are missing); "
+            "--finetune starts one from them"
         )
     _restore_optimizer(training, checkpoint, args)
-    start = progress.epoch + 1
+    start = progress.epoch + progress.evaluated
+    training.unevaluated = None if progress.evaluated else progress.entry
     # With another global batch an epoch has another number of updates: the schedule goes on from the same epoch.
-    training.updates = start * updates_per_epoch
+    training.updates = (progress.epoch + 1) * updates_per_epoch
     if not checkpoint.foreign and progress.updates != training.updates:
+        before = progress.updates // (progress.epoch + 1)
         world.log(
-            f"note: an epoch has {updates_per_epoch} optimizer steps now and had {progress.updates // start}; "
-            "the schedule goes on from the same epoch"
+            f"note: an epoch has {updates_per_epoch} optimizer steps now and had {before}; the schedule goes on from "
+            "the same epoch"
         )
     training.best = progress.best or training.best
     if training.ema is not None:
-        load_all(training.ema.module, checkpoint.ema or checkpoint.weights, args.resume)
+        load_all(training.ema.module, checkpoint.ema or checkpoint.weights, checkpoint.source)
     plateau = progress.schedule and getattr(training.scheduler, "lr_scheduler", None)
     if training.scheduler is not None and not plateau:
         training.scheduler.step(start)
@@ -107,8 +134,9 @@ def restore(training: Training, checkpoint: Checkpoint, updates_per_epoch: int, 
         _restore_rng(progress, start, args, world)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"scaler, schedule or random states are wrong: {utils.first_line(error)}"
-        raise CheckpointError(f"{args.resume} is damaged ({reason})") from error
-    world.log(f"resumed after epoch {start} from {args.resume}")
+        raise CheckpointError(f"{checkpoint.source} is damaged ({reason})") from error
+    then = "" if progress.evaluated else ", whose evaluation follows"
+    world.log(f"resumed after epoch {progress.epoch + 1} from {checkpoint.source}{then}")
     return start
 
 
@@ -139,7 +167,7 @@ def _restore_optimizer(training: Training, checkpoint: Checkpoint, args: Namespa
         differ = [f"--{flag.replace('_', '-')}" for flag in flags if used[flag] != getattr(args, flag)]
         reason = f"{', '.join(differ)} differ from its training" if differ else utils.first_line(error)
         raise CheckpointError(
-            f"the state of the optimizer in {args.resume} does not fit this training: {reason}"
+            f"the state of the optimizer in {checkpoint.source} does not fit this training: {reason}"
         ) from error
     for group, setting in zip(training.optimizer.param_groups, settings):
         group.update(setting)
@@ -155,7 +183,7 @@ def _renumbered(training: Training, checkpoint: Checkpoint, args: Namespace) -> 
         sizes = [len(group["params"]) for group in checkpoint.progress.optimizer["param_groups"]]
         state = checkpoint.progress.optimizer["state"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the optimizer in {args.resume} is not one of torch's") from error
+        raise CheckpointError(f"the optimizer in {checkpoint.source} is not one of torch's") from error
     no_decay = getattr(training.model, "no_weight_decay", set)()
     parameters = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
     ordered = [name for name in checkpoint.weights if name in parameters]
@@ -163,16 +191,16 @@ def _renumbered(training: Training, checkpoint: Checkpoint, args: Namespace) -> 
     groups = [ordered] if len(sizes) == 1 else [plain, [name for name in ordered if name not in plain]]
     if sizes != [len(group) for group in groups]:
         raise CheckpointError(
-            f"the optimizer in {args.resume} has groups of {sizes} parameters, which are not those of {args.model}; "
-            "--finetune takes its weights alone"
+            f"the optimizer in {checkpoint.source} has groups of {sizes} parameters, which are not those of "
+            f"{args.model}; --finetune takes its weights alone"
         )
     states = {}
     for i, name in enumerate(sum(groups, [])):
         values, p = state.get(i, {}), parameters[name]
         if any(isinstance(v, Tensor) and v.ndim and v.shape != p.shape for v in values.values()):
             raise CheckpointError(
-                f"the optimizer in {args.resume} does not fit {name} of {args.model}; --finetune takes its weights "
-                "alone"
+                f"the optimizer in {checkpoint.source} does not fit {name} of {args.model}; --finetune takes its "
+                "weights alone"
             )
         if values:
             states[p] = values

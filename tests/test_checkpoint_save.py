@@ -191,6 +191,8 @@ ODD = {
     "scaler": [[1]],
     "optimizer": ["x", {"state": [1]}, {"state": {}, "param_groups": [1]}],
     "epoch": ["1", -1, None],
+    "evaluated": [3],
+    "entry": [3, {"epoch": [1]}],
     "updates": [-1, "x"],
     "model": ["x", {}, {1: torch.ones(1)}],
     "model_ema": [{"x": torch.ones(1)}],

@@ -27,7 +27,7 @@ from arguments import get_args_parser, parse
 from checkpoint import Checkpoint
 from losses import CosubLoss
 from models.kat import KAT
-from records import RUN_FILES
+from run_folder import RUN_FILES
 
 DEIT = """
 --batch-size --epochs --bce-loss --unscale-lr --model --input-size --drop --drop-path --model-ema --no-model-ema
