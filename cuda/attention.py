@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from . import attention_mma, launch
+from .attention_mma import ROWS, heads_last
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BASES = ("fourier", "chebyshev", "radial", "spline")
 BASE_FUNCTIONS = ("", "identity", "relu", "silu", "gelu")
 MAX_FEATURES = 64
-ROWS = 64  # The number of tokens of packed coefficients is a multiple of it.
 # Accumulators of coefficient gradients that a program keeps in registers, in tiles of a thread block.
 MAX_SUMS = 8
 MAX_PARTIALS = 256 << 20  # bytes of the coefficient gradients of parts of the batch
@@ -70,14 +70,13 @@ def _fast(q: Tensor) -> bool:
     return q.dtype is not torch.float32 and q.is_cuda
 
 
-def _heads_last(q: Tensor) -> Tensor:
-    """An empty tensor (B, h, N, d) in the memory order (B, N, h, d)."""
-    B, h, N, d = q.shape
-    return torch.empty(B, N, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-
-
 def _strided(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of images, heads and rows of each tensor (B, h, N, d)."""
+    return [stride for t in tensors for stride in t.stride()[:3]]
 
 
 # From the fastest configuration, measured on an H200, to the one that needs the least shared memory.
@@ -114,6 +113,7 @@ def too_large(d: int, rank: int, features: int, size: int, device: int | None) -
 
 
 def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, base):
+    """out, z, W^T V and the packed coefficients, from arguments of kan::attention."""
     q, k, v = map(_strided, (q, k, v))
     function = scale, basis, order, low, step, base
     if attention_mma.takes(q, k, v, rank=projector.shape[-1], features=coefficients.shape[1]):
@@ -138,9 +138,9 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
         num_warps=2,
     )
     values, z = q.new_empty(s.B, s.H, s.R, s.D), q.new_empty(s.B, s.H, s.N, s.R)
-    out = _heads_last(q)
+    out = heads_last(q)
     kernels.project_kernel[(s.B * s.H,)](
-        v, packed, values, *v.stride()[:3], s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
+        v, packed, values, *_strides(v), s.N, s.padded, s.H, F=s.F, **s.sizes, BLOCK=ROWS, num_warps=4
     )
     config = _fitting(FORWARD, q, s)
     kernels.forward_kernel[(math.ceil(s.N / config["BLOCK_M"]) * s.B * s.H,)](
@@ -150,9 +150,7 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
         values,
         z,
         out,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *out.stride()[:3],
+        *_strides(q, k, out),
         s.N,
         s.padded,
         s.H,
@@ -167,6 +165,7 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
 
 
 def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, step, base):
+    """The gradients of q, k, v, coefficients and projector, from arguments of kan::attention_backward."""
     grad, q, k, v = map(_strided, (grad.to(q.dtype), q, k, v))
     function = scale, basis, order, low, step, base
     if attention_mma.takes(q, k, v, grad, rank=rank, features=packed.shape[1] // 2):
@@ -174,7 +173,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     kernels = _kernels()
     s = Shapes(q, rank, packed.shape[1] // 2, basis, order, base)
     dz = torch.empty_like(z)
-    dq, dk, dv = (_heads_last(q) for _ in range(3))
+    dq, dk, dv = (heads_last(q) for _ in range(3))
     config = _fitting(BACKWARD_QUERY, q, s)
     blocks = math.ceil(s.N / config["BLOCK_M"])
     parts = q.new_empty(s.B, s.H, blocks, s.R, s.D, dtype=torch.float32)
@@ -188,10 +187,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
         dz,
         parts,
         dq,
-        *grad.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *dq.stride()[:3],
+        *_strides(grad, q, k, dq),
         s.N,
         s.padded,
         s.H,
@@ -204,9 +200,8 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     )
     config = _fitting(BACKWARD_KEY, q, s)
     # Parts of the batch: 12 blocks for each multiprocessor, unless their sums take more memory than MAX_PARTIALS.
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     most = max(1, MAX_PARTIALS // (4 * s.H * (s.F + 1) * s.padded * s.R))
-    wanted = math.ceil(12 * processors / (math.ceil(s.N / config["BLOCK_N"]) * s.H))
+    wanted = math.ceil(12 * launch.multiprocessors(q.get_device()) / (math.ceil(s.N / config["BLOCK_N"]) * s.H))
     images = math.ceil(s.B / min(s.B, most, wanted))
     number = math.ceil(s.B / images)
     sums = q.new_empty(number, s.H, s.F + 1, s.padded, s.R, dtype=torch.float32)
@@ -221,10 +216,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
             dk,
             dv,
             sums,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *dk.stride()[:3],
+            *_strides(q, k, v, dk),
             s.B,
             s.N,
             s.padded,

@@ -4,7 +4,7 @@ All other cases of kan_basis/attention.py run in Triton (attention_kernels.py).
 """
 
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 BASIS = {"fourier": "Fourier", "chebyshev": "Chebyshev", "radial": "Radial"}
 BASE = {"": "Zero", "identity": "Identity", "relu": "Relu", "silu": "Silu", "gelu": "Gelu"}
 RANK, MAX_FEATURES, MAX_CHANNELS, MAX_TOKENS = 16, 8, 64, 272
+ROWS = 64  # The number of tokens of packed coefficients is a multiple of it.
 MATRIX, SIZES = "Pqqq", "iiiiiifff"
 GROUP = 5  # warps of a group, at most
 KEY_WARPS = 2
@@ -45,14 +46,15 @@ def _matrix(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), *t.stride()[:3]
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _exact(scale: float, dtype: torch.dtype) -> str:
     """Template argument: whether q can be multiplied by the scale without rounding, which is then a power of two."""
     return "true" if dtype is torch.bfloat16 and math.frexp(scale)[0] == 0.5 and 1e-6 < scale <= 1 else "false"
+
+
+def heads_last(q: Tensor) -> Tensor:
+    """An empty tensor (B, h, N, d) in the memory order (B, N, h, d)."""
+    B, h, N, d = q.shape
+    return q.new_empty(B, N, h, d).transpose(1, 2)
 
 
 def _up(size: int, unit: int = 16) -> int:
@@ -93,7 +95,7 @@ def _grid(B: int, H: int, N: int, table: int, most: int, of_group: int, of_warp:
     groups = min(most // warps, (launch.shared_memory(device) - table) // of_group, 15)  # there are 15 named barriers
     if groups < 1:
         return None
-    blocks = max(1, _multiprocessors(device) // H)
+    blocks = max(1, launch.multiprocessors(device) // H)
 
     def time(row_blocks: int) -> float:  # in rounds of 16 rows for each warp, and what it takes to begin
         turns = math.ceil(B * row_blocks / (blocks * groups))
@@ -117,7 +119,7 @@ def grids(B: int, H: int, N: int, d: int, F: int, device: int) -> tuple[Grid, Gr
 def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, base):
     """out, z, W^T V and the packed coefficients, from arguments of kan::attention that `takes` accepts."""
     (B, H, N, d), (F, r), device = q.shape, coefficients.shape[1::2], q.get_device()
-    template, padded = _template(q.dtype, basis, order, base, F), _up(N, 64)
+    template, padded = _template(q.dtype, basis, order, base, F), _up(N, ROWS)
     coefficients, projector = coefficients.float(), projector.float()
     packed = q.new_empty(H, 2 * F + 1, padded, RANK)
     kernel = _kernel("pack", MATRIX + "q" + "Pqqq" + "Piiii", template, 0, device)
@@ -135,7 +137,7 @@ def forward(q, k, v, coefficients, projector, scale, basis, order, low, step, ba
         r,
     )
     values, z = q.new_empty(B, H, RANK, d), q.new_empty(B, H, N, RANK)
-    out = q.new_empty(B, N, H, d).transpose(1, 2)
+    out = heads_last(q)
     grid, _ = grids(B, H, N, d, F, device)
     types = MATRIX * 3 + "PPP" + MATRIX + SIZES + "ii"
     kernel = _kernel("forward", types, (*template, _up(d), _exact(scale, q.dtype)), grid.shared, device)
@@ -167,7 +169,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     pointers = values.data_ptr(), z.data_ptr(), dz.data_ptr(), dvalues.data_ptr()
     kernel(B * H, 2 * D, *_matrix(grad), *pointers, *sizes, chunk, *numbers)
 
-    dq, dk, dv = (q.new_empty(B, N, H, d).transpose(1, 2) for _ in range(3))
+    dq, dk, dv = (heads_last(q) for _ in range(3))
     _, grid = grids(B, H, N, d, F, device)
     types = MATRIX * 2 + "PP" + MATRIX + SIZES + "ii"
     kernel = _kernel("backward_query", types, (*template, D, _exact(scale, q.dtype)), grid.shared, device)
@@ -186,7 +188,7 @@ def backward(grad, q, k, v, z, values, packed, rank, scale, basis, order, low, s
     blocks = math.ceil(math.ceil(N / 16) / KEY_WARPS)
     warps, chunk = math.ceil(math.ceil(N / 16) / blocks), min(KEY_CHUNK, chunk)
     shared = 2 * 2 * (chunk * (D + 8 + RANK + 8) + (32 * warps + RANK) * (D + 8)) + 4 * 8 * 32 * warps
-    resident = 8 // KEY_WARPS * _multiprocessors(device)
+    resident = 8 // KEY_WARPS * launch.multiprocessors(device)
     images = math.ceil(B / max(1, min(B, resident // (blocks * H))))
     parts = math.ceil(B / images)
     sums = torch.empty(parts, H, F + 1, padded, RANK, dtype=torch.float32, device=q.device)

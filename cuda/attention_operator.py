@@ -56,14 +56,14 @@ def _saved_shapes(shape: tuple[int, ...], rank: int, features: int) -> tuple[tup
 
 def _empty(q: Tensor, rank: int, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tensors like the results of `forward`."""
-    return attention._heads_last(q), *(q.new_empty(shape) for shape in _saved_shapes(q.shape, rank, features))
+    return attention.heads_last(q), *(q.new_empty(shape) for shape in _saved_shapes(q.shape, rank, features))
 
 
 def _empty_gradients(q: Tensor, packed: Tensor, rank: int) -> tuple[Tensor, ...]:
     """Tensors like the results of `backward`."""
     h, N, dtype = q.shape[1], q.shape[2], torch.float32
     sums = q.new_empty(h, packed.shape[1] // 2, N, rank, dtype=dtype), q.new_empty(h, N, rank, dtype=dtype)
-    return *(attention._heads_last(q) for _ in range(3)), *sums
+    return *(attention.heads_last(q) for _ in range(3)), *sums
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, coefficients: Tensor, projector: Tensor, *function) -> tuple[Tensor, ...]:

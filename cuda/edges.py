@@ -3,8 +3,8 @@
     edges            z[m, p] = sum_q phi(x[m, q]; theta[p, q])        x (h, M, N) -> z (h, M, r)
     edge_attention   the same of the scores x = scale Q K^T           Q (B, h, M, d), K (B, h, N, d) -> z (B, h, M, r)
 
-edge_attention saves Q, K and theta alone. Forward and backward compute the scores of a few images at a time, so that
-they stay in the L2 cache. phi is named by a string and two degrees, which are 0 for a wavelet.
+edge_attention saves Q, K and theta alone. Forward and backward compute the scores of a chunk of the images at a time.
+phi is named by a string and two degrees, which are 0 for a wavelet.
 
 The operators are registered without Triton, which is imported at the first launch. Fake kernels make them opaque to
 torch.compile. The checks of arguments and the definition are in kan_basis/edges.py.
@@ -18,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kan_basis import torch_internals
+
 from . import launch
 
 FUNCTIONS = (
@@ -25,10 +27,8 @@ FUNCTIONS = (
     *("mexican_hat", "morlet", "dog", "dog_wavkan", "meyer", "meyer_wavkan", "shannon"),
 )
 MAX_DEGREE = 8
-# Bytes of the scores of one chunk of images.
+# Bytes of the scores of one chunk of images. Chunks that fit in the L2 cache of an H200 took longer.
 CHUNK = 128 << 20
-# torch.bmm(..., out_dtype=torch.float32) exists for CUDA tensors only.
-_FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -53,14 +53,9 @@ def refusal(dtype: torch.dtype, function: str, m: int, n: int, coefficients: int
 
 
 @cache
-def _launch():
+def _kernels():
     """The module that launches the kernels. Triton is imported here."""
     return importlib.import_module(".edges_launch", __package__)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @contextmanager
@@ -79,21 +74,21 @@ def forward(x: Tensor, theta: Tensor, function: str, m: int, n: int) -> Tensor:
     z = x.new_empty(h, M, r)
     if x.numel() == 0:
         return z.zero_()
-    launch, phi = _launch(), _launch().Function(function, m, n)
+    kernels, phi = _kernels(), _kernels().Function(function, m, n)
     with _on(x):
-        c = launch.packed(theta.contiguous(), phi)
-        launch.forward(x.mT.contiguous()[None], c, z[None], 1.0, phi)
+        c = kernels.packed(theta.contiguous(), phi)
+        kernels.forward(x.mT.contiguous()[None], c, z[None], 1.0, phi)
     return z
 
 
 def backward(grad: Tensor, x: Tensor, theta: Tensor, function: str, m: int, n: int) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format), _zeros(theta)
-    launch, phi = _launch(), _launch().Function(function, m, n)
+    kernels, phi = _kernels(), _kernels().Function(function, m, n)
     x, theta, grad = x.contiguous(), theta.contiguous(), grad.contiguous()
     dx = torch.empty_like(x)
     with _on(x):
-        sums = launch.Sums(theta, phi, 1, x.shape[1], _multiprocessors(x.device))
+        sums = kernels.Sums(theta, phi, 1, x.shape[1], launch.multiprocessors(x.get_device()))
         sums.backward(grad[None], x[None], dx[None], dx[None], 1.0)
         return dx, sums.finish()
 
@@ -102,13 +97,13 @@ def attention_forward(q: Tensor, k: Tensor, theta: Tensor, scale: float, functio
     z = q.new_empty(*q.shape[:3], theta.shape[1], dtype=torch.float32)
     if z.numel() == 0 or k.numel() == 0:
         return z.zero_()
-    launch, phi = _launch(), _launch().Function(function, m, n)
+    kernels, phi = _kernels(), _kernels().Function(function, m, n)
     size = _images(q, k)
     with _on(q):
-        c = launch.packed(theta.contiguous(), phi)
+        c = kernels.packed(theta.contiguous(), phi)
         for i in range(0, len(q), size):
             scores = _product(_matrices(k[i : i + size]), _matrices(q[i : i + size]))
-            launch.forward(scores.unflatten(0, (-1, q.shape[1])), c, z[i : i + size], scale, phi)
+            kernels.forward(scores.unflatten(0, (-1, q.shape[1])), c, z[i : i + size], scale, phi)
             del scores  # so that the next ones take its memory
     return z
 
@@ -119,10 +114,10 @@ def attention_backward(
     dq, dk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), _zeros(theta)
-    launch, phi = _launch(), _launch().Function(function, m, n)
+    kernels, phi = _kernels(), _kernels().Function(function, m, n)
     theta, grad, size, half, scratch = theta.contiguous(), grad.contiguous(), _images(q, k), q.dtype in _HALF, None
     with _on(q):
-        sums = launch.Sums(theta, phi, size, q.shape[2], _multiprocessors(q.device))
+        sums = kernels.Sums(theta, phi, size, q.shape[2], launch.multiprocessors(q.get_device()))
         for i in range(0, len(q), size):
             images = slice(i, i + size)
             qi, ki = _matrices(q[images]), _matrices(k[images])
@@ -155,7 +150,7 @@ def _matrices(t: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T in float32."""
-    if a.is_cuda and _FP32_PRODUCTS and a.dtype in _HALF:
+    if torch_internals.has_float32_product(a):
         return torch.bmm(a, b.mT, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float().mT)
 
@@ -254,8 +249,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(operator: str):
     def backward(ctx, grad: Tensor):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(f"{operator} is differentiable once: it has no second derivatives (create_graph=True)")
+        from kan_basis.quotient import refuse_second_derivatives  # here, because kan_basis imports this module
+
+        refuse_second_derivatives(operator)
         gradients = getattr(torch.ops.kan, f"{operator}_backward")(grad, *ctx.saved_tensors, *ctx.numbers)
         return *gradients, *(None for _ in ctx.numbers)
 

@@ -50,6 +50,12 @@ def no_triton() -> str:
 
 
 @cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a GPU; a few for the device -1, the CPU, on which Triton interprets kernels in tests."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 4
+
+
+@cache
 def _shared_memory(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 

@@ -114,7 +114,7 @@ def _prepare(
     device: int,
 ) -> Launch:
     (threads, blocks, stages), K = CONFIG[kind], a_shape[1] + b_shape[1]
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    multiprocessors = launch.multiprocessors(device)
     p = plan(kind, shape, dim, a_shape[0], b_shape[0], dtype.itemsize, aligned, multiprocessors)
     slots, table = 16 * threads * stages * p.vectors, 0
     if kind == "backward":

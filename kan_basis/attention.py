@@ -24,8 +24,6 @@ NAME = "Kolmogorov-Arnold attention"  # in messages
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The names of base functions in the kernels. Only their class counts: a subclass may compute something else.
 BASE_NAMES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
-# torch.bmm(..., out_dtype=torch.float32) exists for CUDA tensors only.
-_FP32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 
 
 def attention(
@@ -133,7 +131,7 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
     The scores are float32 or float64, also under autocast and for half-precision Q and K.
     """
-    if query.is_cuda and _FP32_PRODUCTS and query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16):
+    if query.dtype == key.dtype and torch_internals.has_float32_product(query):
         scores = _Fp32Product.apply(query.flatten(0, 1), key.flatten(0, 1))
         return scores.unflatten(0, query.shape[:2]) * scale
     dtype = torch.promote_types(query.dtype, torch.float32)

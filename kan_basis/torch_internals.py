@@ -35,6 +35,13 @@ _dispatch_modes = _private("_C._len_torch_dispatch_stack", lambda: 1)
 _transform = _private("_C._functorch.peek_interpreter_stack", lambda: True)
 _tracing_state = _private("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
 
+_FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+
+
+def has_float32_product(a: Tensor) -> bool:
+    """Whether torch.bmm(a, b, out_dtype=torch.float32) exists for this half-precision tensor."""
+    return _FLOAT32_PRODUCTS and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
+
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Without autocast on the device of x. Meta tensors, which have none, are refused by torch.autocast."""

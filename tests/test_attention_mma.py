@@ -143,7 +143,7 @@ def test_base_functions_on_the_host(host, name):
 
 @pytest.mark.parametrize("shared", [99, 163, 227])
 def test_grids_hold_every_row_once(shared, monkeypatch):
-    monkeypatch.setattr(mma, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "shared_memory", lambda device: shared << 10)
     for B, h, N in ((128, 3, 197), (1, 1, 1), (7, 12, 50), (128, 12, 197), (3, 200, 65), (2, 5, 272)):
         mma.grids.cache_clear()

@@ -19,7 +19,7 @@ from arguments import Parser
 from checkpoint import read
 from checkpoint.fill import load_all
 from convert import add_model_options, describe
-from datasets import DataError, load_image
+from images import DataError, load_image
 from labels import class_names
 from model_factory import build_model, outputs_of
 from transforms import build_transform
